@@ -1,0 +1,185 @@
+"""Settings as frozen dataclasses, checked when made, and the one place that builds them from text.
+
+Flower run configs, message configs and the command line all carry flat ``key = scalar`` tables with dotted
+kebab-case keys. :func:`from_mapping` turns such a table into a dataclass and back (:func:`to_mapping`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from offsite_fl.errors import ConfigError
+from offsite_fl.registry import near
+
+Scalar = str | int | float | bool
+C = TypeVar("C")
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise ``ConfigError(message)`` unless ``condition`` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """LoRA inside the adapter, through the ``peft`` library.
+
+    ``targets`` are names of linear modules inside a block as peft takes them (``"q_proj"``); empty means every linear.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check(self.rank >= 1, f"lora rank must be at least 1, got {self.rank}")
+        check(self.alpha > 0, f"lora alpha must be above 0, got {self.alpha}")
+        check(0 <= self.dropout < 1, f"lora dropout must lie in [0, 1), got {self.dropout}")
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """How a data owner tunes the adapter. Lengths are optimiser steps unless said otherwise.
+
+    ``schedule_steps`` and ``schedule_offset`` let one learning-rate schedule span the rounds of a federation: the
+    schedule is laid over ``schedule_steps`` and this call begins at ``schedule_offset`` (None: this call alone).
+    ``lora_rank=0`` tunes the whole adapter, above 0 only LoRA factors inside it. ``proximal_mu`` adds ``mu / 2 * ||A - A_received||^2`` as FedProx does.
+    ``device=None`` lets accelerate choose. ``frozen_dtype`` is the dtype of everything that isn't trained ("auto":
+    bf16 on CUDA, the bundle's own floating dtype upcast to fp32 on CPU, where bf16 is slow); trained tensors are fp32.
+    """
+
+    epochs: float = 1.0
+    max_steps: int | None = None
+    lr: float = 1e-4
+    batch_size: int = 4
+    gradient_accumulation: int = 1
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    schedule_steps: int | None = None
+    schedule_offset: int = 0
+    clip_norm: float = 1.0
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    frozen_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    gradient_checkpointing: bool = False
+    block_size: int = 128
+    loss_on: Literal["all", "answer"] = "all"
+    proximal_mu: float = 0.0
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    lora_targets: tuple[str, ...] = ()
+    validation_share: float = 0.0
+    eval_every: int | None = None
+    patience: int | None = None
+    seed: int = 0
+    device: str | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        check(self.epochs > 0, f"epochs must be above 0, got {self.epochs}")
+        check(self.max_steps is None or self.max_steps >= 1, f"max-steps must be at least 1, got {self.max_steps}")
+        check(self.lr > 0, f"lr must be above 0, got {self.lr}")
+        for name in ("batch_size", "gradient_accumulation"):
+            check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        check(self.block_size >= 2, f"block-size must be at least 2 tokens, got {self.block_size}")
+        for name in ("weight_decay", "warmup_steps", "schedule_offset", "proximal_mu", "clip_norm"):
+            check(getattr(self, name) >= 0, f"{name} can't be negative, got {getattr(self, name)}")
+        check(0 <= self.validation_share < 1, f"validation-share must lie in [0, 1), got {self.validation_share}")
+        if self.patience is not None:
+            check(self.patience >= 1, f"patience must be at least 1, got {self.patience}")
+            check(
+                self.validation_share > 0,
+                "patience needs validation-share above 0: early stop watches the data owner's own validation split",
+            )
+        _ = self.lora
+
+    @property
+    def lora(self) -> LoraOptions | None:
+        """The LoRA part of the settings, None when the whole adapter is tuned."""
+        if self.lora_rank == 0:
+            return None
+        return LoraOptions(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_targets)
+
+
+def kebab(name: str) -> str:
+    """Python field name to the key used in TOML and on the command line."""
+    return name.replace("_", "-")
+
+
+def from_mapping(cls: type[C], values: Mapping[str, Any], prefix: str = "") -> C:
+    """Build the dataclass ``cls`` from the entries of ``values`` whose key starts with ``prefix``.
+
+    Keys are kebab-case. The empty string stands for None where a field allows it, and a comma-separated string for a
+    tuple, because Flower configs hold scalars only. Unknown keys under the prefix and values of the wrong type raise
+    ``ConfigError`` naming the key and the near ones.
+
+    >>> from_mapping(LoraOptions, {"lora.rank": 4, "lora.targets": "q_proj,v_proj", "other": 1}, "lora.")
+    LoraOptions(rank=4, alpha=16.0, dropout=0.0, targets=('q_proj', 'v_proj'))
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {kebab(f.name): f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    kwargs: dict[str, Any] = {}
+    for key, value in values.items():
+        if not key.startswith(prefix):
+            continue
+        name = key[len(prefix) :]
+        if name not in fields:
+            raise ConfigError(f"unknown setting {key!r}; {near(name, fields)}")
+        kwargs[fields[name].name] = _convert(value, hints[fields[name].name], key)
+    return cls(**kwargs)
+
+
+def to_mapping(config: Any, prefix: str = "") -> dict[str, Scalar]:
+    """The inverse of :func:`from_mapping`: a flat table of scalars that a Flower ConfigRecord can hold."""
+    flat: dict[str, Scalar] = {}
+    for field in dataclasses.fields(config):
+        key, value = prefix + kebab(field.name), getattr(config, field.name)
+        if value is None:
+            flat[key] = ""
+        elif isinstance(value, tuple):
+            flat[key] = ",".join(str(v) for v in value)
+        else:
+            flat[key] = value
+    return flat
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or value == "":
+            return None
+        return _convert(value, next(a for a in args if a is not type(None)), key)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{key} = {value!r} isn't possible; {near(str(value), [str(a) for a in args])}")
+        return value
+    if origin is tuple:
+        parts = value.split(",") if isinstance(value, str) else list(value)
+        return tuple(_convert(p.strip() if isinstance(p, str) else p, args[0], key) for p in parts if p != "")
+    return _convert_scalar(value, hint, key)
+
+
+def _convert_scalar(value: Any, kind: type, key: str) -> Any:
+    wrong = ConfigError(f"{key} = {value!r} must be of type {kind.__name__}")
+    if kind is bool:
+        table = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
+        if value in table:
+            return table[value]
+        raise wrong
+    if isinstance(value, bool):
+        raise wrong
+    try:
+        if kind is int and float(value) != int(float(value)):
+            raise wrong
+        return kind(float(value)) if kind is int else kind(value)
+    except (TypeError, ValueError) as error:
+        raise wrong from error

@@ -1,0 +1,1 @@
+"""Ways of federating, one file each; installed as ``offsite_fl.strategies``."""
