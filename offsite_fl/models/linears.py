@@ -1,0 +1,261 @@
+"""The closed table of what a linear inside an emulator block can be replaced with.
+
+A client rebuilds an emulator from descriptions of these kinds and from nothing else, so a bundle never brings code:
+
+* ``low-rank``: two factors, ``W ~ up @ down``; either factor may itself be quantised;
+* ``quantized``: packed int8 or int4 with a scale per group of input columns;
+* ``resized``: an ordinary dense linear of another shape.
+
+Weights are always in the orientation of ``nn.Linear``, [out, in]; GPT-2's ``Conv1D`` (stored [in, out]) counts as a
+linear and becomes an ``nn.Linear`` or one of the above when a method replaces it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from offsite_fl.errors import ModelError
+from offsite_fl.registry import near
+
+Description = dict[str, Any]
+
+MAX_FEATURES = 2**24
+BITS = {8: torch.int8, 4: torch.uint8}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is a dense linear map with a weight matrix (``nn.Linear`` or ``Conv1D``)."""
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def linear_weight(module: nn.Module) -> torch.Tensor:
+    """Weight of a dense linear as a view of shape [out, in]."""
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def linear_bias(module: nn.Module) -> torch.Tensor | None:
+    """Bias [out] of a dense linear, or None."""
+    bias = module.bias
+    assert bias is None or isinstance(bias, torch.Tensor)
+    return bias
+
+
+def named_linears(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All dense linears inside ``block`` with their paths, factors of low-rank ones included."""
+    for path, module in block.named_modules():
+        if is_linear(module):
+            yield path, module
+
+
+def replace_module(block: nn.Module, path: str, new: nn.Module) -> None:
+    """Put ``new`` where ``block.get_submodule(path)`` is."""
+    parent, _, name = path.rpartition(".")
+    setattr(block.get_submodule(parent) if parent else block, name, new)
+
+
+class LowRankLinear(nn.Module):
+    """``y = up(down(x))``: a linear of rank ``rank`` held as two factors, ``rank * (in + out)`` parameters."""
+
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, bias: bool, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.down: nn.Module = nn.Linear(in_features, rank, bias=False, device=device)
+        self.up: nn.Module = nn.Linear(rank, out_features, bias=bias, device=device)
+
+    @classmethod
+    def from_factors(cls, up: torch.Tensor, down: torch.Tensor, bias: torch.Tensor | None) -> LowRankLinear:
+        """Wrap ``up`` [out, rank] and ``down`` [rank, in] (and a bias [out]) without copying them."""
+        new = cls(down.shape[1], up.shape[0], up.shape[1], bias is not None, device="meta")
+        new.down.weight = nn.Parameter(down.contiguous(), requires_grad=False)
+        new.up.weight = nn.Parameter(up.contiguous(), requires_grad=False)
+        if bias is not None:
+            new.up.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        return new
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map [..., in] to [..., out]."""
+        out: torch.Tensor = self.up(self.down(x))
+        return out
+
+
+class QuantizedLinear(nn.Module):
+    """A frozen linear with packed symmetric integer weights and one fp16 scale per row and group of columns.
+
+    ``packed`` is int8 [out, columns] for 8 bits, uint8 [out, columns / 2] for 4 bits (two columns a byte, low nibble
+    first, values offset by 8); ``scales`` is fp16 [out, groups]. Levels are -(2^(bits-1)-1) .. 2^(bits-1)-1. The
+    dequantised weight lives only inside a forward or backward call: autograd keeps the packed form.
+    """
+
+    packed: torch.Tensor
+    scales: torch.Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        group: int,
+        bias: bool,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if bits not in BITS:
+            raise ModelError(f"quantized linear: bits must be 8 or 4, got {bits}")
+        self.in_features, self.out_features, self.bits, self.group = in_features, out_features, bits, group
+        groups = -(-in_features // group)
+        columns = groups * group // (8 // bits)
+        if groups * group % (8 // bits):
+            raise ModelError(f"quantized linear: a group of {group} columns can't be packed at {bits} bits")
+        self.register_buffer("packed", torch.empty(out_features, columns, dtype=BITS[bits], device=device))
+        self.register_buffer("scales", torch.empty(out_features, groups, dtype=torch.float16, device=device))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device), requires_grad=False) if bias else None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, bits: int, group: int) -> QuantizedLinear:
+        """Quantise a dense linear to the nearest level; the error of a weight is at most half its group's scale."""
+        weight, bias = linear_weight(linear).detach().float(), linear_bias(linear)
+        out_features, in_features = weight.shape
+        new = cls(in_features, out_features, bits, group, bias is not None, device="meta")
+        groups = -(-in_features // group)
+        padded = nn.functional.pad(weight, (0, groups * group - in_features)).view(out_features, groups, group)
+        top = 2 ** (bits - 1) - 1
+        # The scale is rounded to fp16 before it is used, so that what is stored is what the levels were chosen for.
+        scales = (padded.abs().amax(dim=-1) / top).clamp(min=torch.finfo(torch.float16).smallest_normal).half()
+        levels = (padded / scales.float().unsqueeze(-1)).round().clamp(-top, top).view(out_features, -1)
+        if bits == 8:
+            new.packed = levels.to(torch.int8)
+        else:
+            nibbles = (levels + 8).to(torch.uint8)
+            new.packed = nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
+        new.scales = scales
+        if bias is not None:
+            new.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        return new
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight [out, in] that the packed form stands for."""
+        return _unpack(self.packed, self.scales, self.bits, self.group, self.in_features, dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map [..., in] to [..., out]."""
+        out: torch.Tensor = _QuantizedMatmul.apply(  # type: ignore[no-untyped-call]
+            x, self.packed, self.scales, self.bits, self.group, self.in_features
+        )
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+
+def _unpack(
+    packed: torch.Tensor, scales: torch.Tensor, bits: int, group: int, in_features: int, dtype: torch.dtype
+) -> torch.Tensor:
+    if bits == 8:
+        levels = packed.to(dtype)
+    else:
+        levels = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1).to(dtype) - 8
+    weight = levels.view(packed.shape[0], -1, group) * scales.to(dtype).unsqueeze(-1)
+    return weight.flatten(1)[:, :in_features]
+
+
+class _QuantizedMatmul(torch.autograd.Function):
+    """``x @ W.T`` that saves the packed weight for backward instead of the dequantised one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, bits: int, group: int, width: int
+    ) -> torch.Tensor:
+        ctx.save_for_backward(packed, scales)
+        ctx.shape = (bits, group, width, x.dtype)
+        return nn.functional.linear(x, _unpack(packed, scales, bits, group, width, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        packed, scales = ctx.saved_tensors
+        bits, group, width, dtype = ctx.shape
+        weight = _unpack(packed, scales, bits, group, width, grad.dtype)
+        return (grad @ weight).to(dtype), None, None, None, None, None
+
+
+def describe_linears(block: nn.Module, reference: nn.Module) -> dict[str, Description]:
+    """What a client must replace in a fresh block like ``reference`` to get the structure of ``block``.
+
+    Keys are module paths, parents before children. An untouched block gives an empty table.
+    """
+    original = dict(reference.named_modules())
+    found: dict[str, Description] = {}
+    for path, module in block.named_modules():
+        if isinstance(module, LowRankLinear):
+            bias = getattr(module.up, "bias", None) is not None
+            found[path] = {"kind": "low-rank", **_sizes(module), "rank": module.rank, "bias": bias}
+        elif isinstance(module, QuantizedLinear):
+            sizes = {**_sizes(module), "bits": module.bits, "group": module.group}
+            found[path] = {"kind": "quantized", **sizes, "bias": module.bias is not None}
+        elif isinstance(module, nn.Linear) and path in original and not _same_dense(module, original[path]):
+            found[path] = {"kind": "resized", **_sizes(module), "bias": module.bias is not None}
+    return found
+
+
+def _sizes(module: nn.Module) -> Description:
+    return {"in": module.in_features, "out": module.out_features}
+
+
+def _same_dense(a: nn.Linear, b: nn.Module) -> bool:
+    return isinstance(b, nn.Linear) and a.weight.shape == b.weight.shape and (a.bias is None) == (b.bias is None)
+
+
+_FIELDS = {
+    "low-rank": {"in", "out", "rank", "bias"},
+    "quantized": {"in", "out", "bits", "group", "bias"},
+    "resized": {"in", "out", "bias"},
+}
+
+
+def apply_linears(block: nn.Module, description: Mapping[str, Description]) -> None:
+    """Rebuild in ``block`` the structure that :func:`describe_linears` found; new weights are empty, on meta.
+
+    ``ModelError`` names the path of an entry that is malformed or names nothing that can be replaced.
+    """
+    for path in sorted(description, key=lambda p: p.count(".")):
+        entry = description[path]
+        check_description(path, entry)
+        try:
+            old = block.get_submodule(path)
+        except AttributeError as error:
+            raise ModelError(f"block description names {path!r}, which this kind of block doesn't have") from error
+        if not is_linear(old):
+            raise ModelError(f"block description wants to replace {path!r}, which isn't a linear layer")
+        out_features, in_features = linear_weight(old).shape
+        if entry["kind"] != "resized" and (entry["in"], entry["out"]) != (in_features, out_features):
+            raise ModelError(f"block description of {path!r} has sizes {entry['in']}x{entry['out']}, not the block's")
+        replace_module(block, path, _make(entry))
+
+
+def check_description(path: str, entry: Mapping[str, Any]) -> None:
+    """Check one entry's kind, fields and ranges before anything is built from it."""
+    kind = entry.get("kind")
+    if not isinstance(kind, str) or kind not in _FIELDS:
+        raise ModelError(f"block description of {path!r}: unknown kind {kind!r}; {near(str(kind), _FIELDS)}")
+    if set(entry) != _FIELDS[kind] | {"kind"}:
+        raise ModelError(f"block description of {path!r}: a {kind} entry has fields {sorted(_FIELDS[kind])}")
+    for key, value in entry.items():
+        if key == "kind":
+            continue
+        fits = isinstance(value, bool) if key == "bias" else type(value) is int and 1 <= value <= MAX_FEATURES
+        if not fits:
+            raise ModelError(f"block description of {path!r}: {key} = {value!r} is out of range")
+
+
+def _make(entry: Mapping[str, Any]) -> nn.Module:
+    sizes = (entry["in"], entry["out"])
+    if entry["kind"] == "low-rank":
+        return LowRankLinear(*sizes, entry["rank"], entry["bias"], device="meta")
+    if entry["kind"] == "quantized":
+        return QuantizedLinear(*sizes, entry["bits"], entry["group"], entry["bias"], device="meta")
+    return nn.Linear(*sizes, bias=entry["bias"], device="meta")

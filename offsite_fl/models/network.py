@@ -1,0 +1,326 @@
+"""The network a client runs: the full model's class with fewer or other blocks, described by plain data.
+
+The owner writes a :class:`NetworkPlan` with :func:`plan_network`; anyone can rebuild the network from the plan and the
+tensors alone (:func:`build_network`, :func:`fill_network`). Both parties use the same two functions, so their logits
+are the same by construction. Tensors are named by slot, never by the full model's block index:
+``adapter.{k}.{path}``, ``emulator.{b}.{path}`` and ``shared.{path}`` for everything outside the blocks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from offsite_fl.errors import ModelError
+from offsite_fl.models.blocks import Blocks, block_list
+from offsite_fl.models.linears import QuantizedLinear, apply_linears, describe_linears
+from offsite_fl.registry import near
+
+TASKS: dict[str, Any] = {"causal-lm": AutoModelForCausalLM}
+
+# Never part of a plan: where the model came from, and switches that make transformers fetch or run foreign code.
+FORBIDDEN_CONFIG_KEYS = frozenset(
+    {"auto_map", "quantization_config", "name_or_path", "attn_implementation", "experts_implementation", "custom_pipelines"}
+)
+# Flags that tie a block's function to its absolute index, which a client doesn't have.
+INDEX_DEPENDENT_FLAGS = ("scale_attn_by_inverse_layer_idx",)
+MAX_PLACES = 4096
+MAX_CONFIG_NUMBER = 2**40
+
+
+@dataclass(frozen=True)
+class Place:
+    """One block of the network in forward order: which part it belongs to and which block of that part it is."""
+
+    role: Literal["adapter", "emulator"]
+    slot: int
+
+    @property
+    def prefix(self) -> str:
+        """Start of the slot names of its tensors, e.g. ``adapter.0.``."""
+        return f"{self.role}.{self.slot}."
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape of an expected tensor and its dtype; None stands for any of fp32, fp16 and bf16."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class NetworkPlan:
+    """Everything but the tensors: the task, a transformers config, the places, and the structure of emulator blocks.
+
+    ``linears[b]`` describes emulator block ``b`` (see :mod:`offsite_fl.models.linears`); the same slot at two places
+    means that both run the same weights.
+    """
+
+    task: str
+    config: Mapping[str, Any]
+    blocks_path: str
+    layout: tuple[Place, ...]
+    linears: tuple[Mapping[str, Any], ...]
+
+    def adapter_places(self) -> dict[int, int]:
+        """Adapter slot to its index in the network's list of blocks."""
+        return {place.slot: index for index, place in enumerate(self.layout) if place.role == "adapter"}
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; :meth:`from_json` reads it back."""
+        return {
+            "task": self.task,
+            "config": dict(self.config),
+            "blocks_path": self.blocks_path,
+            "layout": [[place.role, place.slot] for place in self.layout],
+            "linears": [dict(table) for table in self.linears],
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> NetworkPlan:
+        """Read a plan from a foreign file; ``ModelError`` says which part isn't as it must be."""
+        keys = {"task", "config", "blocks_path", "layout", "linears"}
+        if not isinstance(data, dict) or set(data) != keys:
+            raise ModelError(f"network plan must be an object with exactly the keys {sorted(keys)}")
+        if data["task"] not in TASKS:
+            raise ModelError(f"network plan: unknown task {data['task']!r}; {near(str(data['task']), TASKS)}")
+        if not isinstance(data["blocks_path"], str):
+            raise ModelError("network plan: blocks_path must be text")
+        layout = _read_layout(data["layout"])
+        linears = data["linears"]
+        slots = {place.slot for place in layout if place.role == "emulator"}
+        if not isinstance(linears, list) or not all(isinstance(t, dict) for t in linears):
+            raise ModelError("network plan: linears must be a list of objects")
+        if slots != set(range(len(linears))):
+            raise ModelError(f"network plan: {len(linears)} emulator blocks are described, the layout names {sorted(slots)}")
+        _check_config(data["config"])
+        return cls(data["task"], data["config"], data["blocks_path"], layout, tuple(linears))
+
+
+def _read_layout(data: Any) -> tuple[Place, ...]:
+    if not isinstance(data, list) or not 1 <= len(data) <= MAX_PLACES:
+        raise ModelError(f"network plan: layout must be a list of 1 to {MAX_PLACES} places")
+    places = []
+    for entry in data:
+        good = isinstance(entry, list) and len(entry) == 2 and entry[0] in ("adapter", "emulator")
+        if not good or type(entry[1]) is not int or not 0 <= entry[1] < MAX_PLACES:
+            raise ModelError(f"network plan: {entry!r} isn't a place like ['adapter', 0]")
+        places.append(Place(entry[0], entry[1]))
+    adapters = [place.slot for place in places if place.role == "adapter"]
+    if adapters != list(range(len(adapters))) or not adapters:
+        raise ModelError(f"network plan: adapter slots must run 0, 1, ... in forward order, got {adapters}")
+    return tuple(places)
+
+
+def _check_config(config: Any, where: str = "config") -> None:
+    if not isinstance(config, dict) or (where == "config" and not isinstance(config.get("model_type"), str)):
+        raise ModelError(f"network plan: {where} must be an object with a model_type")
+    for key, value in config.items():
+        if key in FORBIDDEN_CONFIG_KEYS or key.startswith("_"):
+            raise ModelError(f"network plan: {where} may not carry {key!r}")
+        if isinstance(value, dict):
+            _check_config(value, f"{where}.{key}")
+        elif isinstance(value, (int, float)) and abs(value) > MAX_CONFIG_NUMBER:
+            raise ModelError(f"network plan: {where}.{key} = {value} is absurdly large")
+
+
+def plan_network(
+    model: nn.Module,
+    blocks: Blocks,
+    adapter: Sequence[int],
+    layout: Mapping[int, int],
+    emulator: Sequence[nn.Module],
+    origins: Sequence[int],
+    task: str = "causal-lm",
+) -> NetworkPlan:
+    """Describe the network of ``adapter`` blocks and ``emulator`` blocks (owner's side; nothing is copied).
+
+    Args:
+        model: the full model; ``blocks`` is where its blocks are.
+        adapter: indices of the adapter blocks in the full model.
+        layout: full-model position to index into ``emulator``, for every place that the emulator runs.
+        emulator: the emulator's blocks; ``origins[b]`` is the full-model block that block ``b`` was made from.
+        task: key of :data:`TASKS`.
+    """
+    modules = block_list(model, blocks)
+    slot_of = {index: slot for slot, index in enumerate(sorted(adapter))}
+    places: list[Place] = []
+    sources: list[int] = []
+    for position in sorted([*slot_of, *layout]):
+        if position in slot_of:
+            places.append(Place("adapter", slot_of[position]))
+            sources.append(position)
+        else:
+            places.append(Place("emulator", layout[position]))
+            sources.append(origins[layout[position]])
+    linears = tuple(describe_linears(b, modules[o]) for b, o in zip(emulator, origins, strict=True))
+    config = _cut_config(model, blocks, sources)
+    plan = NetworkPlan(task, config, blocks.path, tuple(places), linears)
+    # Through JSON and back: what the owner uses is exactly what a client will read.
+    return NetworkPlan.from_json(json.loads(json.dumps(plan.to_json())))
+
+
+def _cut_config(model: nn.Module, blocks: Blocks, sources: Sequence[int]) -> dict[str, Any]:
+    """The model's config as plain data for a network whose block ``i`` is like the full model's ``sources[i]``."""
+    config = model.config
+    assert isinstance(config, PretrainedConfig)
+    for flag in INDEX_DEPENDENT_FLAGS:
+        if getattr(config, flag, False):
+            raise ModelError(f"models with {flag}=True can't be split: a block's function depends on its absolute index")
+    cut = type(config).from_dict({k: v for k, v in config.to_dict().items() if k not in FORBIDDEN_CONFIG_KEYS})
+    per_block = {k: v for k, v in cut.to_dict().items() if isinstance(v, (list, tuple)) and len(v) == blocks.depth}
+    cut.num_hidden_layers = len(sources)
+    for key, values in per_block.items():
+        setattr(cut, key, [values[i] for i in sources])
+    cut.tie_word_embeddings = _is_tied(model)
+    plain = json.loads(cut.to_json_string(use_diff=False))
+    dropped = FORBIDDEN_CONFIG_KEYS | {"transformers_version", "architectures", "dtype", "torch_dtype"}
+    return {k: v for k, v in plain.items() if k not in dropped and not k.startswith("_")}
+
+
+def _is_tied(model: nn.Module) -> bool:
+    if not hasattr(model, "get_output_embeddings"):
+        return False
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and getattr(head, "weight", None) is embedding.weight
+
+
+def _skeleton(plan: NetworkPlan) -> nn.Module:
+    values = {k: v for k, v in plan.config.items() if k != "model_type"}
+    try:
+        config = AutoConfig.for_model(plan.config["model_type"], **values)
+        config.use_cache = False
+        network: nn.Module = TASKS[plan.task].from_config(config, trust_remote_code=False)
+    except Exception as error:  # foreign data reaches many constructors; all their complaints mean the same here
+        raise ModelError(f"network plan: transformers can't build {plan.config['model_type']!r}: {error}") from error
+    blocks = _network_blocks(network, plan)
+    if len(blocks) != len(plan.layout):
+        raise ModelError(f"network plan: the config makes {len(blocks)} blocks, the layout has {len(plan.layout)}")
+    for block, place in zip(blocks, plan.layout, strict=True):
+        if place.role == "emulator":
+            apply_linears(block, plan.linears[place.slot])
+    return network
+
+
+def _network_blocks(network: nn.Module, plan: NetworkPlan) -> nn.ModuleList:
+    try:
+        found = network.get_submodule(plan.blocks_path)
+    except AttributeError as error:
+        raise ModelError(f"network plan: {type(network).__name__} has no {plan.blocks_path!r}") from error
+    if not isinstance(found, nn.ModuleList):
+        raise ModelError(f"network plan: {plan.blocks_path!r} isn't a list of blocks")
+    return found
+
+
+def place_blocks(network: nn.Module, plan: NetworkPlan) -> list[nn.Module]:
+    """The network's blocks in forward order, one for each place of the plan."""
+    return list(_network_blocks(network, plan))
+
+
+def build_network(plan: NetworkPlan) -> nn.Module:
+    """The network of ``plan`` with parameters on the meta device and real non-persistent buffers (rotary tables...)."""
+    with init_empty_weights(include_buffers=False):
+        network = _skeleton(plan)
+    _tie(network)
+    return network
+
+
+def expected_tensors(plan: NetworkPlan) -> dict[str, TensorSpec]:
+    """Slot name to shape and dtype of every tensor that the network of ``plan`` needs; takes no memory for them."""
+    with torch.device("meta"):
+        network = _skeleton(plan)
+    _tie(network)
+    specs = {"shared." + name: TensorSpec(tuple(t.shape)) for name, t in _outside_blocks(network, plan.blocks_path).items()}
+    for block, place in zip(place_blocks(network, plan), plan.layout, strict=True):
+        exact = _exact_dtypes(block)
+        for name, tensor in block.state_dict().items():
+            specs[place.prefix + name] = TensorSpec(tuple(tensor.shape), exact.get(name))
+    return specs
+
+
+def _exact_dtypes(block: nn.Module) -> dict[str, torch.dtype]:
+    """Tensors whose dtype is part of their meaning: packed weights, their scales, and whatever isn't floating."""
+    exact = {n: t.dtype for n, t in block.state_dict().items() if not t.is_floating_point()}
+    for path, module in block.named_modules():
+        if isinstance(module, QuantizedLinear):
+            exact[f"{path}.scales"] = module.scales.dtype
+    return exact
+
+
+def _outside_blocks(model: nn.Module, blocks_path: str) -> dict[str, torch.Tensor]:
+    """Parameters (tied ones once, under their first name) and persistent buffers that aren't in the blocks."""
+    inside = blocks_path + "."
+    kept = set(model.state_dict())
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: t for name, t in named if name in kept and not name.startswith(inside)}
+
+
+def shared_tensors(model: nn.Module, blocks: Blocks) -> dict[str, torch.Tensor]:
+    """``shared.{path}`` to the full model's tensors outside the blocks (live references, tied ones once)."""
+    return {"shared." + name: t.detach() for name, t in _outside_blocks(model, blocks.path).items()}
+
+
+def fill_network(network: nn.Module, plan: NetworkPlan, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put ``tensors`` into a network from :func:`build_network`, without copying them; strict.
+
+    Afterwards only adapter parameters require gradients and the network is in eval mode. ``ModelError`` names what is
+    missing, unknown or of the wrong shape. A slot that is used at two places becomes the same parameters at both.
+    """
+    expected = expected_tensors(plan)
+    _check_fit(expected, tensors)
+    cache: dict[str, torch.Tensor] = {}
+
+    def take(name: str) -> torch.Tensor:
+        if name not in cache:
+            tensor = tensors[name]
+            floating = tensor.is_floating_point() and expected[name].dtype is None
+            cache[name] = nn.Parameter(tensor, requires_grad=False) if floating else tensor
+        return cache[name]
+
+    for block, place in zip(place_blocks(network, plan), plan.layout, strict=True):
+        block.load_state_dict({n: take(place.prefix + n) for n in block.state_dict()}, strict=True, assign=True)
+    outside = _outside_blocks(network, plan.blocks_path)
+    network.load_state_dict({n: take("shared." + n) for n in outside}, strict=False, assign=True)
+    _tie(network)
+    left = [name for name, p in network.named_parameters() if p.is_meta]
+    if left:
+        raise ModelError(f"network plan: these parameters got no values: {left[:3]}")
+    network.requires_grad_(False)
+    for parameter in adapter_parameters(network, plan).values():
+        parameter.requires_grad_(True)
+    network.eval()
+
+
+def _check_fit(expected: Mapping[str, TensorSpec], tensors: Mapping[str, torch.Tensor]) -> None:
+    for what, names in (("missing", expected.keys() - tensors.keys()), ("unknown", tensors.keys() - expected.keys())):
+        if names:
+            raise ModelError(f"{what} tensors for the network, for example {sorted(names)[:3]} ({len(names)} in all)")
+    for name, spec in expected.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != spec.shape:
+            raise ModelError(f"tensor {name!r} has shape {tuple(tensor.shape)}, the network needs {spec.shape}")
+        if spec.dtype is not None and tensor.dtype != spec.dtype:
+            raise ModelError(f"tensor {name!r} has dtype {tensor.dtype}, the network needs {spec.dtype}")
+
+
+def _tie(network: nn.Module) -> None:
+    if hasattr(network, "tie_weights"):
+        network.tie_weights()
+
+
+def adapter_parameters(network: nn.Module, plan: NetworkPlan) -> dict[str, nn.Parameter]:
+    """Slot name to live parameter for every adapter tensor of the network."""
+    blocks = place_blocks(network, plan)
+    return {
+        f"adapter.{slot}.{name}": parameter
+        for slot, index in plan.adapter_places().items()
+        for name, parameter in blocks[index].named_parameters()
+    }
