@@ -1,0 +1,1 @@
+"""Measuring models: loss and perplexity, the five rows, the byte ledger, reports."""
