@@ -1,6 +1,7 @@
-"""Federated offsite-tuning: the model owner keeps the model, the data owners keep the data."""
+"""Offsite tuning and federated learning: adapt a model with data that its owner never sees.
 
-from offsite_fl.errors import OffsiteError
-from offsite_fl.version import __version__
+The model owner hands out a *bundle* (adapter, compressed emulator, shared tensors); data owners tune the adapter on
+their own data and hand back *updates*; the owner plugs the result into the full model.
+"""
 
-__all__ = ["OffsiteError", "__version__"]
+__version__ = "0.1.0"
