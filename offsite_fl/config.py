@@ -7,6 +7,7 @@ kebab-case keys. :func:`from_mapping` turns such a table into a dataclass and ba
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -24,6 +25,13 @@ def check(condition: bool, message: str) -> None:
     """Raise ``ConfigError(message)`` unless ``condition`` holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def check_choices(config: Any) -> None:
+    """Raise ``ConfigError`` where a dataclass holds a value that its ``Literal`` annotation doesn't list."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        if typing.get_origin(hint) is Literal:
+            _choice(getattr(config, name), typing.get_args(hint), kebab(name))
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,8 @@ class TuneConfig:
 
     ``schedule_steps`` and ``schedule_offset`` let one learning-rate schedule span the rounds of a federation: the
     schedule is laid over ``schedule_steps`` and this call begins at ``schedule_offset`` (None: this call alone).
-    ``lora_rank=0`` tunes the whole adapter, above 0 only LoRA factors inside it. ``proximal_mu`` adds ``mu / 2 * ||A - A_received||^2`` as FedProx does.
+    ``lora_rank=0`` tunes the whole adapter, above 0 only LoRA factors inside it. ``proximal_mu`` adds
+    ``mu / 2 * ||A - A_received||^2`` as FedProx does.
     ``device=None`` lets accelerate choose. ``frozen_dtype`` is the dtype of everything that isn't trained ("auto":
     bf16 on CUDA, the bundle's own floating dtype upcast to fp32 on CPU, where bf16 is slow); trained tensors are fp32.
     """
@@ -85,14 +94,18 @@ class TuneConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        check(self.epochs > 0, f"epochs must be above 0, got {self.epochs}")
-        check(self.max_steps is None or self.max_steps >= 1, f"max-steps must be at least 1, got {self.max_steps}")
-        check(self.lr > 0, f"lr must be above 0, got {self.lr}")
+        check_choices(self)
+        for name in ("epochs", "lr"):
+            value = getattr(self, name)
+            check(value > 0 and math.isfinite(value), f"{name} must be a number above 0, got {value}")
         for name in ("batch_size", "gradient_accumulation"):
-            check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+            check(getattr(self, name) >= 1, f"{kebab(name)} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_steps", "schedule_steps", "eval_every"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, f"{kebab(name)} must be at least 1 where it is given, got {value}")
         check(self.block_size >= 2, f"block-size must be at least 2 tokens, got {self.block_size}")
         for name in ("weight_decay", "warmup_steps", "schedule_offset", "proximal_mu", "clip_norm"):
-            check(getattr(self, name) >= 0, f"{name} can't be negative, got {getattr(self, name)}")
+            check(getattr(self, name) >= 0, f"{kebab(name)} can't be negative, got {getattr(self, name)}")
         check(0 <= self.validation_share < 1, f"validation-share must lie in [0, 1), got {self.validation_share}")
         if self.patience is not None:
             check(self.patience >= 1, f"patience must be at least 1, got {self.patience}")
@@ -119,8 +132,8 @@ def from_mapping(cls: type[C], values: Mapping[str, Any], prefix: str = "") -> C
     """Build the dataclass ``cls`` from the entries of ``values`` whose key starts with ``prefix``.
 
     Keys are kebab-case. The empty string stands for None where a field allows it, and a comma-separated string for a
-    tuple, because Flower configs hold scalars only. Unknown keys under the prefix and values of the wrong type raise
-    ``ConfigError`` naming the key and the near ones.
+    tuple, because Flower configs hold scalars only. Unknown keys under the prefix, values of the wrong type and
+    settings that are missing without having a default raise ``ConfigError`` naming the key.
 
     >>> from_mapping(LoraOptions, {"lora.rank": 4, "lora.targets": "q_proj,v_proj", "other": 1}, "lora.")
     LoraOptions(rank=4, alpha=16.0, dropout=0.0, targets=('q_proj', 'v_proj'))
@@ -135,6 +148,9 @@ def from_mapping(cls: type[C], values: Mapping[str, Any], prefix: str = "") -> C
         if name not in fields:
             raise ConfigError(f"unknown setting {key!r}; {near(name, fields)}")
         kwargs[fields[name].name] = _convert(value, hints[fields[name].name], key)
+    for name, field in fields.items():
+        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        check(not (needed and field.init) or field.name in kwargs, f"setting {prefix + name!r} is missing")
     return cls(**kwargs)
 
 
@@ -159,27 +175,45 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
             return None
         return _convert(value, next(a for a in args if a is not type(None)), key)
     if origin is Literal:
-        if value not in args:
-            raise ConfigError(f"{key} = {value!r} isn't possible; {near(str(value), [str(a) for a in args])}")
-        return value
+        return _choice(value, args, key)
     if origin is tuple:
-        parts = value.split(",") if isinstance(value, str) else list(value)
+        parts = value.split(",") if isinstance(value, str) else value
+        parts = list(parts) if isinstance(parts, list | tuple) else [parts]
         return tuple(_convert(p.strip() if isinstance(p, str) else p, args[0], key) for p in parts if p != "")
     return _convert_scalar(value, hint, key)
+
+
+def _choice(value: Any, choices: tuple[Any, ...], key: str) -> Any:
+    if value not in choices:
+        raise ConfigError(f"{key} = {value!r} isn't possible; {near(str(value), [str(c) for c in choices])}")
+    return value
 
 
 def _convert_scalar(value: Any, kind: type, key: str) -> Any:
     wrong = ConfigError(f"{key} = {value!r} must be of type {kind.__name__}")
     if kind is bool:
-        table = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
-        if value in table:
-            return table[value]
-        raise wrong
-    if isinstance(value, bool):
+        table = {"true": True, "false": False, "1": True, "0": False}
+        text = str(value).lower()
+        if not isinstance(value, bool | int | str) or text not in table:
+            raise wrong
+        return table[text]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise wrong
     try:
-        if kind is int and float(value) != int(float(value)):
-            raise wrong
-        return kind(float(value)) if kind is int else kind(value)
-    except (TypeError, ValueError) as error:
+        if kind is int:
+            return _whole(value)
+        return kind(value)
+    except (ValueError, OverflowError) as error:
         raise wrong from error
+
+
+def _whole(value: str | int | float) -> int:
+    """An int from 8, 8.0, "8" or "1e3". Digits don't go through float, which would round a long seed."""
+    if isinstance(value, str):
+        try:
+            return int(value)
+        except ValueError:
+            value = float(value)
+    if value != int(value):
+        raise ValueError(value)
+    return int(value)

