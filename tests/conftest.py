@@ -1,5 +1,6 @@
 """Fixtures for all tests: pico models of every family, a pico tokenizer, a private cache. Nothing is downloaded."""
 
+# ruff: noqa: E402  (the hub's switches are read when it is imported, so they are set first)
 from __future__ import annotations
 
 import os

@@ -1,4 +1,4 @@
-"""Which blocks are the adapter: ``Split(first=2, last=2)``, ``Split(first=0, last=2)``, ``Split(at=(0, 5, 18, 23))``."""
+"""Which blocks are the adapter: ``Split(first=2, last=2)`` or ``Split(at=(0, 5, 18, 23))``."""
 
 from __future__ import annotations
 

