@@ -1,0 +1,34 @@
+"""Message types, record keys and error codes that both sides of the wire agree on."""
+
+from __future__ import annotations
+
+# Message types: Flower routes "<category>.<action>" to the handler that is registered with the action.
+BUNDLE_ACTION = "bundle"
+QUERY_BUNDLE = f"query.{BUNDLE_ACTION}"
+TRAIN_BUNDLE = f"train.{BUNDLE_ACTION}"
+
+# One record of each kind in a message: Flower's aggregation and its privacy mods refuse anything else.
+ARRAYS = "arrays"
+CONFIG = "config"
+METRICS = "metrics"
+
+# Keys in the config record.
+SERVER_ROUND = "server-round"  # Flower's own
+PROXIMAL_MU = "proximal-mu"  # FedProx's own
+CLIPPING_NORM = "clipping_norm"  # the privacy wrappers' own
+DIGEST = "bundle.digest"
+CLIENT = "client"
+HELD = "bundle.held"
+MISSING = "bundle.missing"
+FILES = "bundle.files"
+TUNE = "tune."
+CODEC = "wire.codec"
+
+# Keys in the metric record that every train reply has.
+NUM_EXAMPLES = "num-examples"
+TRAIN_LOSS = "train_loss"
+LOSS = "loss"
+
+# Codes of our own error replies, far from Flower's (0 to 8). Flower hands code and reason through unchanged.
+REFUSED = 200
+BUNDLE_MISSING = 201
