@@ -128,8 +128,7 @@ class QuantizedLinear(nn.Module):
         groups = -(-in_features // group)
         padded = nn.functional.pad(weight, (0, groups * group - in_features)).view(out_features, groups, group)
         top = 2 ** (bits - 1) - 1
-        # The scale is rounded to fp16 before it is used, so that what is stored is what the levels were chosen for.
-        scales = (padded.abs().amax(dim=-1) / top).clamp(min=torch.finfo(torch.float16).smallest_normal).half()
+        scales = _half_not_below(padded.abs().amax(dim=-1) / top)
         levels = (padded / scales.float().unsqueeze(-1)).round().clamp(-top, top).view(out_features, -1)
         if bits == 8:
             new.packed = levels.to(torch.int8)
@@ -151,6 +150,16 @@ class QuantizedLinear(nn.Module):
             x, self.packed, self.scales, self.bits, self.group, self.in_features
         )
         return out if self.bias is None else out + self.bias.to(out.dtype)
+
+
+def _half_not_below(scales: torch.Tensor) -> torch.Tensor:
+    """Positive fp16 scales, rounded up: a scale rounded down would clip the largest weight of a small-valued group.
+
+    The levels are chosen for the rounded scale, the one that is stored. The floor is fp16's smallest subnormal.
+    """
+    rounded = scales.clamp(min=2.0**-24).half()
+    # Neighbouring positive floats are neighbouring integers.
+    return (rounded.view(torch.int16) + (rounded.float() < scales)).view(torch.float16)
 
 
 def _unpack(
