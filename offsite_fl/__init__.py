@@ -4,4 +4,6 @@ The model owner hands out a *bundle* (adapter, compressed emulator, shared tenso
 their own data and hand back *updates*; the owner plugs the result into the full model.
 """
 
-__version__ = "0.1.0"
+from offsite_fl.version import __version__
+
+__all__ = ["__version__"]

@@ -89,7 +89,7 @@ def _write(source: Path, folder: Path) -> None:
     state = _state(reader, config)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
-    GenerationConfig(
+    GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     ).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
@@ -139,7 +139,7 @@ def _config(reader: Any) -> LlamaConfig:
 def _state(reader: Any, config: LlamaConfig) -> dict[str, torch.Tensor]:
     """Dequantise every tensor into the state dict of ``LlamaForCausalLM``; the head is tied and has none."""
     dequantize = _gguf().dequantize
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads or config.num_attention_heads}
     state = {}
     for tensor in reader.tensors:
         values = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)

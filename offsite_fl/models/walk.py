@@ -17,8 +17,8 @@ from offsite_fl.models.blocks import Blocks, block_list
 class BlockCall:
     """What a block is called with besides the hidden state: positions, its own attention mask, rotary tables.
 
-    ``hidden`` is the state ``[B, T, hidden]`` that enters block 0; it is ``None`` for all later blocks. ``args`` are the
-    positional arguments after the hidden state (BLOOM passes its alibi so).
+    ``hidden`` is the state ``[B, T, hidden]`` that enters block 0; it is ``None`` for all later blocks. ``args`` are
+    the positional arguments after the hidden state (BLOOM passes its alibi so).
     """
 
     args: tuple[Any, ...] = ()
