@@ -18,10 +18,8 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from offsite_fl.data.examples import IGNORE
 from offsite_fl.errors import DataError
-
-IGNORE = -100
-"""The label of a position without loss, as in Hugging Face and torch."""
 
 Batch = Mapping[str, Tensor]
 

@@ -1,0 +1,1 @@
+"""A data owner's files or datasets, turned into batches for tuning and evaluation."""
