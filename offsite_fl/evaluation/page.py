@@ -1,0 +1,139 @@
+"""One HTML file that tells a run: no script, nothing to fetch, whatever stands in the report is escaped."""
+
+from __future__ import annotations
+
+import math
+
+from offsite_fl.evaluation import plots, sections
+from offsite_fl.evaluation.ledger import DIRECTIONS, human_bytes
+from offsite_fl.evaluation.markup import Markup, count, duration, join, plain, safe, tag
+from offsite_fl.evaluation.record import RunReport
+from offsite_fl.evaluation.rows import ROW_KEYS, ROW_LABELS, FiveRows, Row, noun, show, verdict
+from offsite_fl.evaluation.style import STYLE
+
+# Nothing may be fetched or run, even if a string should ever slip through unescaped.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+CHIPS = {True: ("protected", "chip good"), False: ("not protected", "chip bad"), None: ("unknown", "chip")}
+ROW_COLORS = dict(zip(ROW_KEYS, ("zero", "emulator", "emulator", "plug", "full"), strict=True))
+
+
+def render_page(report: RunReport) -> str:
+    """The whole page. Parts that a run has nothing to say about are left out."""
+    plots.require_matplotlib()
+    said = verdict(report.rows)
+    body = join(
+        (
+            _header(report),
+            _rows(report.rows),
+            sections.rounds(report),
+            sections.left_the_house(report),
+            sections.data(report.data),
+            sections.fine_print(report),
+            sections.glossary(),
+        )
+    )
+    head = join(
+        (
+            Markup('<meta charset="utf-8">'),
+            Markup(f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'),
+            Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+            tag("title", f"offsite_fl: {said.gain.split(' (')[0].rstrip('.')}"),
+            tag("style", Markup(STYLE)),
+        )
+    )
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{tag("main", body)}\n</body>\n</html>\n'
+    )
+
+
+def _header(report: RunReport) -> Markup:
+    said = verdict(report.rows)
+    word, style = CHIPS[said.protected]
+    clients = {name for entry in report.rounds for name in entry.clients}
+    rounds = [entry for entry in report.rounds if entry.round > 0]
+    facts = [report.config.get("model"), count(len(clients), "data owner"), count(len(rounds), "round")]
+    facts.append(report.emulator.get("spec"))
+    kicker = " · ".join(plain(fact) for fact in facts if fact)
+    protection = said.protection.partition(": ")[2] or said.protection
+    parts = (
+        tag(
+            "p",
+            join((tag("b", "offsite_fl"), safe(f" · {kicker}" if kicker else " · report of a run"))),
+            class_="kicker",
+        ),
+        tag("h1", _brief(said.gain)),
+        tag("p", join((tag("span", word, class_=style), safe(protection[0].upper() + protection[1:]))), class_="lead"),
+        _tiles(report),
+    )
+    return tag("header", join(parts))
+
+
+def _brief(sentence: str) -> str:
+    """A sentence of the verdict without the numbers in brackets, which the page shows elsewhere."""
+    return sentence.partition(" (")[0].rstrip(".") + "."
+
+
+def _tiles(report: RunReport) -> Markup:
+    rows, ledger = report.rows, report.ledger
+    zero, plug, full = rows.full_zero_shot, rows.plug_in, rows.full_fine_tuning
+    after = f"; {show(full)} with full fine-tuning" if full else ""
+    tiles = [(f"Plug-in {noun(plug)}", show(plug), f"{show(zero)} untuned{after}")]
+    share = "of full fine-tuning's gain" if rows.recovered is not None else "needs a full fine-tuning that gains"
+    share = share if full else "full fine-tuning was not run"
+    tiles.append(("Recovered", "-" if rows.recovered is None else f"{rows.recovered:.0%}", share))
+    unit, scale = ("nats", 1) if rows.measure == "loss" else ("points", 100)
+    gap = "-" if rows.gap is None else f"{scale * rows.gap:.3g} {unit}"
+    tiles.append(("Gap", gap, f"plug-in over tuned emulator, whose {noun(plug)} is {show(rows.emulator_tuned)}"))
+    if len(ledger):
+        down, up = (human_bytes(ledger.total(direction=way)).replace(" ", "\N{NO-BREAK SPACE}") for way in DIRECTIONS)
+        tiles.append(("Sent", human_bytes(ledger.total()), f"{down} to the data owners, {up} back"))
+    elif report.seconds:
+        tiles.append(("Time", duration(sum(report.seconds.values())), "all stages together"))
+    cells = (
+        tag("div", join((tag("dt", name), tag("dd", join((tag("b", value), safe(about)))))))
+        for name, value, about in tiles
+    )
+    return tag("dl", join(cells), class_="tiles", style=f"--n:{len(tiles)}")
+
+
+def _rows(rows: FiveRows) -> Markup:
+    loss = rows.measure == "loss"
+    gains = {key: row.score - rows.full_zero_shot.score for key, row in rows}
+    finite = [gain for gain in gains.values() if math.isfinite(gain)]
+    ahead, behind = max([0.0, *finite]), -min([0.0, *finite])
+    scale = 100 / ((ahead + behind) or 1)
+    lines = []
+    for key in ROW_KEYS:
+        row: Row | None = getattr(rows, key)
+        numbers = (
+            ["not run", ""] if row is None else [show(row), f"{row.value:.3f}" if math.isfinite(row.value) else "-"]
+        )
+        cells = [tag("td", number, class_="n") for number in numbers[: 2 if loss else 1]]
+        bar = Markup() if row is None else _bar(gains[key], behind * scale, scale, ROW_COLORS[key], loss)
+        head = tag("th", ROW_LABELS[key], scope="row")
+        lines.append(tag("tr", join((head, *cells, tag("td", bar, class_="bar"))), class_=key))
+    names = ["perplexity", "nats/token"] if loss else ["accuracy"]
+    side = join((tag("span", "worse than untuned"), tag("span", "better")))
+    titles = [tag("th", "", scope="col"), *(tag("th", name, scope="col", class_="n") for name in names)]
+    titles.append(tag("th", tag("span", side, class_="scale"), scope="col", class_="bar"))
+    parts = join((tag("thead", tag("tr", join(titles))), tag("tbody", join(lines))))
+    unit = "nats per token (log-perplexity)" if loss else "points of accuracy"
+    about = f"On held-out data. Bars: how far each lies from the untuned full model, in {unit}."
+    style = "rows" if loss else "rows one"
+    card = tag("div", tag("table", parts, class_=style), class_="card")
+    return tag("section", join((tag("h2", "The five rows"), tag("p", about, class_="about"), card)))
+
+
+def _bar(gain: float, zero: float, scale: float, color: str, loss: bool) -> Markup:
+    """A bar from the line of the untuned model to the right (better) or to the left (worse), with its number."""
+    at = f"--at:{zero:.2f}%"
+    if not math.isfinite(gain):
+        return tag("span", tag("span", "diverged", style=f"left:{zero:.2f}%"), class_="track", style=at)
+    length, text = abs(gain) * scale, f"{gain:+.2f}" if loss else f"{100 * gain:+.1f}"
+    if color == "zero":
+        return tag("span", class_="track", style=at)
+    left = zero if gain >= 0 else zero - length
+    bar = tag("i", style=f"left:{left:.2f}%;width:{length:.2f}%;background:var(--{color})")
+    side, end = ("right", left + length) if gain >= 0 else ("left", left)
+    number = tag("span", text.replace("-", "\N{MINUS SIGN}"), class_=side, style=f"left:{end:.2f}%")
+    return tag("span", join((bar, number)), class_="track", style=at)
