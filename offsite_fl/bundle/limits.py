@@ -1,0 +1,65 @@
+"""How large a bundle may claim to be before anything of it is believed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+
+from offsite_fl.errors import ConfigError
+
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+_UNITS = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Upper bounds that :func:`~offsite_fl.bundle.open_bundle` holds a bundle to; sizes in bytes.
+
+    A bundle comes from another party, so every number it declares is compared with these before memory is taken for
+    it. The defaults let models of about a hundred gigabytes pass; a site with less room sets its own.
+
+    ``max_bytes`` bounds the whole folder, ``max_file_bytes`` one shard, ``max_header_bytes`` the header of one shard,
+    ``max_dim`` one dimension of a tensor and every integer of the network plan, ``max_blocks`` its numbers of layers,
+    ``max_parts`` its other counts (heads, experts, labels), ``max_depth`` how deep the manifest's JSON is nested.
+    """
+
+    max_bytes: int = 256 * GIB
+    max_file_bytes: int = 32 * GIB
+    max_manifest_bytes: int = 32 * MIB
+    max_header_bytes: int = 32 * MIB
+    max_tokenizer_bytes: int = 256 * MIB
+    max_tokenizer_files: int = 32
+    max_shards: int = 4096
+    max_tensors: int = 100_000
+    max_dims: int = 8
+    max_dim: int = 2**24
+    max_blocks: int = 1024
+    max_parts: int = 4096
+    max_depth: int = 24
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if getattr(self, field.name) < 1:
+                raise ConfigError(f"limit {field.name} must be at least 1, got {getattr(self, field.name)}")
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes in a size such as ``"20GB"``, ``"512 MiB"`` or ``"1000000"``; units are powers of 1024.
+
+    >>> parse_bytes("2GB")
+    2147483648
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    if not match:
+        raise ConfigError(f"size {text!r} can't be read; write it as 20GB, 512MB or a number of bytes")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def human_bytes(count: int) -> str:
+    """A size for people: ``1536`` is ``"1.5 KiB"``."""
+    size = float(count)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
