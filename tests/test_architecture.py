@@ -26,12 +26,14 @@ RANKS = {
     "bundle": 7,
     "wire": 7,
     "data_owner": 8,
-    "owner": 8,
+    # Above its twin, because the owner's emulated network is the client's own. A client app knows no owner at all.
+    "owner": 9,
     "client_app": 9,
-    "strategies": 10,
-    "cli": 11,
-    "offsite_fl": 12,  # the package's own __init__: a facade over everything, so nothing inside may import it
-    "simulations": 13,
+    "measure": 10,
+    "strategies": 11,
+    "cli": 12,
+    "offsite_fl": 13,  # the package's own __init__: a facade over everything, so nothing inside may import it
+    "simulations": 14,
 }
 # The registry raises errors, and errors import nothing: the one step that is allowed inside rank 0.
 SAME_RANK = {("registry", "errors")}

@@ -1,0 +1,21 @@
+"""Real text for the data owners (Shakespeare by genre) and public text of another domain (the King James Bible).
+
+python -m simulations.texts            # fetch both into the cache: an installation step, the only one with a network
+python -m simulations.texts FOLDER     # write the files of the data owners, the test file and the public text
+"""
+
+from simulations.texts.corpus import bible, shakespeare
+from simulations.texts.owners import OWNERS, Share, partition, passages, write_owner_files
+from simulations.texts.store import fetch, texts_folder
+
+__all__ = [
+    "OWNERS",
+    "Share",
+    "bible",
+    "fetch",
+    "partition",
+    "passages",
+    "shakespeare",
+    "texts_folder",
+    "write_owner_files",
+]

@@ -1,0 +1,30 @@
+"""``python -m simulations.texts [FOLDER]``."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+
+from offsite_fl.errors import DataError
+from simulations.texts import fetch, write_owner_files
+
+
+def main(arguments: list[str]) -> int:
+    """Fetch the texts if they aren't there; with a folder given, write the data owners' files into it."""
+    console = Console(stderr=True)
+    try:
+        with console.status("fetching the texts of the demo"):
+            folder = fetch()
+        console.print(f"texts: {folder}", soft_wrap=True)
+        for target in arguments[:1]:
+            for name, path in write_owner_files(target).items():
+                console.print(f"{name}: {path} ({path.stat().st_size:,} bytes)", soft_wrap=True)
+    except DataError as error:
+        console.print(f"error: {error}", style="red", soft_wrap=True, markup=False)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
