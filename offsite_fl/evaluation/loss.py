@@ -107,7 +107,9 @@ def plain_head(model: nn.Module) -> nn.Linear | None:
     """
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
-    if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
+    if type(head) is not nn.Linear or head._forward_hooks:
+        return None
+    if not all(getattr(hook, "casts_only", False) for hook in head._forward_pre_hooks.values()):
         return None
     known = _PROBED.get(model)
     if known is None or known[0]() is not head:
@@ -152,7 +154,7 @@ def _logits_are_plain(model: nn.Module, head: nn.Linear) -> bool:
     base, given, probe = (seen.get(name) for name in ("base", "head", "probe"))
     if base is None or given is None or probe is None or base.shape != given.shape or logits.shape != probe.shape:
         return False
-    return bool(torch.equal(base, given) and torch.equal(logits.float(), probe.float()))
+    return bool(torch.equal(base.to(given.dtype), given) and torch.equal(logits.float(), probe.float()))
 
 
 def _chunk(rows_of: Tensor, vocabulary: int) -> int:

@@ -1,0 +1,178 @@
+"""LoRA inside the adapter through ``peft``: put in, read out, take away, merge at the model owner.
+
+The factors carry slot names: ``adapter.{k}.{path of the linear}.lora_A.weight`` [rank, in] and ``.lora_B.weight``
+[out, rank]. The product ``alpha / rank * B @ A`` is added to the linear's weight.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import warnings
+from collections.abc import Mapping
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from offsite_fl.config import LoraOptions
+from offsite_fl.errors import ConfigError, UpdateError
+from offsite_fl.models.linears import linear_weight, named_linears, replace_module
+from offsite_fl.registry import near
+
+_NAME = "default"  # peft's name for the only set of factors
+
+
+class AdapterLora:
+    """LoRA factors that live in the adapter blocks of a network until :meth:`remove`; made by :func:`add_lora`."""
+
+    def __init__(self, blocks: Mapping[int, nn.Module], options: LoraOptions, seed: int) -> None:
+        self.blocks = dict(sorted(blocks.items()))
+        self.options = options
+        self._required = [(p, p.requires_grad) for block in self.blocks.values() for p in block.parameters()]
+        self._layers: dict[str, LoraLayer] = {}
+        for slot, paths in target_paths(self.blocks, options).items():
+            block = self.blocks[slot]
+            _inject(block, paths, options)
+            for path in paths:
+                layer = block.get_submodule(path)
+                assert isinstance(layer, LoraLayer)
+                self._layers[f"adapter.{slot}.{path}"] = layer
+        self._start(seed)
+
+    def _start(self, seed: int) -> None:
+        # A generator of its own, so that all parties begin with the same factors whatever else drew random numbers.
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in self.parameters().items():
+                parameter.data = parameter.data.float()
+                if name.endswith(".lora_B.weight"):
+                    parameter.zero_()
+                else:
+                    bound = 1 / math.sqrt(parameter.shape[1])  # Kaiming with a = sqrt(5), as nn.Linear and peft have it
+                    parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+                parameter.requires_grad_(True)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The live factors by slot name."""
+        return {
+            f"{name}.{factor}.weight": getattr(layer, factor)[_NAME].weight
+            for name, layer in self._layers.items()
+            for factor in ("lora_A", "lora_B")
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Copies of the factors, fp32 on the CPU."""
+        return {n: p.detach().to("cpu", torch.float32, copy=True) for n, p in self.parameters().items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set all factors; ``UpdateError`` names one that is missing, unknown or wrong, and nothing is changed."""
+        parameters = self.parameters()
+        check_factors({name: tuple(p.shape) for name, p in parameters.items()}, tensors)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[name])
+
+    def remove(self) -> None:
+        """Give the network back as it was: the same modules, the same parameters, no trace of peft."""
+        for name, layer in self._layers.items():
+            _, slot, path = name.split(".", 2)
+            replace_module(self.blocks[int(slot)], path, layer.get_base_layer())
+        self._layers.clear()
+        for block in self.blocks.values():
+            block.__dict__.pop("peft_config", None)
+        for parameter, required in self._required:
+            parameter.requires_grad_(required)
+
+
+def add_lora(blocks: Mapping[int, nn.Module], options: LoraOptions, seed: int = 0) -> AdapterLora:
+    """Put LoRA factors into the adapter blocks (adapter slot -> block), in place.
+
+    The network computes the same as before, since every B is zero. Base weights of the blocks stop requiring
+    gradients. ``ConfigError`` if a target names no linear of the blocks, with the names that exist.
+    """
+    return AdapterLora(blocks, options, seed)
+
+
+def merge_lora(
+    blocks: Mapping[int, nn.Module], factors: Mapping[str, Tensor], options: LoraOptions
+) -> dict[str, Tensor]:
+    """Full adapter values by slot name, fp32 on the CPU, with ``factors`` merged by peft; ``blocks`` stay as they are.
+
+    ``UpdateError`` if the factors aren't exactly those that ``options`` make in these blocks.
+    """
+    copies = {slot: copy.deepcopy(block).float() for slot, block in blocks.items()}
+    lora = AdapterLora(copies, options, seed=0)
+    lora.load(factors)
+    for layer in lora._layers.values():
+        layer.merge(safe_merge=True)
+    lora.remove()
+    return {
+        f"adapter.{slot}.{path}": parameter.detach().cpu()
+        for slot, block in copies.items()
+        for path, parameter in block.named_parameters()
+    }
+
+
+def target_paths(blocks: Mapping[int, nn.Module], options: LoraOptions) -> dict[int, list[str]]:
+    """Adapter slot -> paths of the linears inside the block that get factors.
+
+    A target matches as in peft: the whole path or its end (``q_proj`` for ``self_attn.q_proj``). No targets mean all.
+    """
+    found: dict[int, list[str]] = {}
+    known: dict[str, None] = {}
+    unused = set(options.targets)
+    for slot, block in sorted(blocks.items()):
+        paths = [path for path, _ in named_linears(block)]
+        known |= dict.fromkeys(paths)
+        hits = {t: [p for p in paths if p == t or p.endswith("." + t)] for t in options.targets}
+        unused -= {target for target, matched in hits.items() if matched}
+        wanted = {path for matched in hits.values() for path in matched}
+        found[slot] = [path for path in paths if path in wanted or not options.targets]
+    if unused:
+        names = dict.fromkeys(path.rpartition(".")[2] for path in known)
+        raise ConfigError(f"lora target {min(unused)!r} isn't in the adapter; {near(min(unused), names)}")
+    if not any(found.values()):
+        raise ConfigError("the adapter blocks hold no linear layer that LoRA could be added to")
+    return found
+
+
+def expected_factors(blocks: Mapping[int, nn.Module], options: LoraOptions) -> dict[str, tuple[int, ...]]:
+    """Slot name -> shape of every factor that :func:`add_lora` would make; works on meta blocks too."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for slot, paths in target_paths(blocks, options).items():
+        for path in paths:
+            rows, columns = linear_weight(blocks[slot].get_submodule(path)).shape
+            shapes[f"adapter.{slot}.{path}.lora_A.weight"] = (options.rank, columns)
+            shapes[f"adapter.{slot}.{path}.lora_B.weight"] = (rows, options.rank)
+    return shapes
+
+
+def check_factors(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
+    """``UpdateError`` unless ``tensors`` are exactly the expected ones, of their shapes and finite."""
+    for kind, names in (("missing", expected.keys() - tensors.keys()), ("unknown", tensors.keys() - expected.keys())):
+        if names:
+            raise UpdateError(f"{kind} LoRA factor {min(names)!r} ({len(names)} in all)")
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != shape:
+            raise UpdateError(f"LoRA factor {name!r} has shape {tuple(tensors[name].shape)}, must be {shape}")
+        if not tensors[name].isfinite().all():
+            raise UpdateError(f"LoRA factor {name!r} holds values that aren't finite")
+
+
+def _inject(block: nn.Module, paths: list[str], options: LoraOptions) -> None:
+    if not paths:
+        return
+    config = LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,  # type: ignore[arg-type]  # peft divides it, any number will do
+        lora_dropout=options.dropout,
+        target_modules="|".join(re.escape(path) for path in paths),  # matched whole, so no other path can slip in
+        fan_in_fan_out=all(isinstance(block.get_submodule(path), Conv1D) for path in paths),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        inject_adapter_in_model(config, block, _NAME)
