@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from offsite_fl.errors import ModelError
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PACKAGED = "smollm2"
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def load_model(
@@ -58,13 +61,7 @@ def _source(path_or_id: str | os.PathLike[str]) -> str:
         if not (folder / "config.json").is_file():
             raise ModelError(f"{folder} holds no config.json; a model folder is what save_pretrained writes")
         return str(folder)
-    parts = Path(text).parts
-    if (
-        folder.exists()
-        or isinstance(path_or_id, Path)
-        or len(parts) != len(text.split("/"))
-        or not 1 <= len(parts) <= 2
-    ):
+    if folder.exists() or isinstance(path_or_id, Path) or not HUB_ID.fullmatch(text):
         what = "is not a folder" if folder.exists() else "doesn't exist"
         raise ModelError(f"model folder {text} {what}; give a folder, a hub id (owner/name) or '{PACKAGED}'")
     return text
@@ -74,7 +71,7 @@ def _open(auto: Any, source: str, what: str, **options: Any) -> Any:
     """Call ``from_pretrained`` and turn what it throws at a user's mistake into one sentence."""
     try:
         return auto.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         local = Path(source).is_dir()
         where = "" if local else f"; '{source}' is neither a folder here nor, as far as can be reached, a hub id"
