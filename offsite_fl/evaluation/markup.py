@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -110,10 +111,11 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def meters(values: Mapping[str, float], shown: Mapping[str, str], most: float | None = None) -> Markup:
     """Names, numbers and a bar each, as long as its share of ``most`` (None: of the largest)."""
-    most = most or max(values.values(), default=0) or 1
+    finite = {name: value if math.isfinite(value) else 0.0 for name, value in values.items()}
+    most = most or max(finite.values(), default=0) or 1
     rows = []
-    for name, value in values.items():
-        bar = tag("span", tag("i", style=f"width:{100 * min(max(value / most, 0), 1):.2f}%"), class_="meter")
+    for name in values:
+        bar = tag("span", tag("i", style=f"width:{100 * min(max(finite[name] / most, 0), 1):.2f}%"), class_="meter")
         rows.append(tag("tr", join((tag("th", name, scope="row"), tag("td", shown[name], class_="n"), tag("td", bar)))))
     return tag("table", tag("tbody", join(rows)))
 

@@ -146,7 +146,7 @@ class RunReport:
         path = Path(folder)
         path = path / "report.json" if path.is_dir() else path
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_not_json)
         except FileNotFoundError:
             raise DataError(f"there is no report at {path}; a run writes report.json into its folder") from None
         except OSError as error:
@@ -157,6 +157,10 @@ class RunReport:
             return cls.from_dict(value)
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
+
+
+def _not_json(word: str) -> None:
+    raise ValueError(f"{word} isn't JSON, null stands for it")
 
 
 def _table(value: object, where: str, read: Callable[[object, str], T]) -> dict[str, T]:

@@ -224,7 +224,7 @@ def significant(value: float, digits: int = 3) -> str:
         return "diverged"
     if value == 0:
         return "0"
-    size = math.floor(math.log10(abs(value)))
+    size = int(f"{value:.{digits - 1}e}".partition("e")[2])  # of the rounded value: 999.9 counts as 1000
     if size >= 7 or size < -4:
         return f"{value:.{digits - 1}g}"
     return f"{value:,.{max(0, digits - 1 - size)}f}"

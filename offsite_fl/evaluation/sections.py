@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from offsite_fl.evaluation import plots
@@ -124,9 +125,16 @@ def left_the_house(report: RunReport) -> Markup:
     return section("What left the house", about, tag("div", join(cards), class_="grid"))
 
 
+def _number(value: Any) -> float | None:
+    """``value`` if it is a finite number: a report may come from a file that somebody edited."""
+    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if known else None
+
+
 def _sizes(found: Mapping[str, Any]) -> dict[str, float]:
     kinds = found.get("bundle_bytes")
-    return {str(name): float(size) for name, size in kinds.items()} if isinstance(kinds, Mapping) else {}
+    sizes = {str(k): _number(v) for k, v in kinds.items()} if isinstance(kinds, Mapping) else {}
+    return {name: size for name, size in sizes.items() if size is not None}
 
 
 def _bundle(found: Mapping[str, Any]) -> Markup:
@@ -142,27 +150,28 @@ def _bundle(found: Mapping[str, Any]) -> Markup:
 def _shares(found: Mapping[str, Any]) -> Markup:
     """How much that is, measured on the full model and on the blocks that the emulator stands for."""
 
-    def ratio(one: float | None, other: float | None) -> float | None:
-        return one / other if one and other else None
+    def share(one: Any, other: Any = 1.0) -> float | None:
+        above, below = _number(one), _number(other)
+        return above / below if above is not None and below else None
 
     shares = {
-        "bundle, of the full model's bytes": ratio(sum(_sizes(found).values()), found.get("full_bytes")),
-        "left verbatim, of the full model": found.get("verbatim_share"),
-        "emulator, of the bytes it stands for": ratio(found.get("bytes"), found.get("middle_bytes")),
-        "emulator, of their forward cost": found.get("flops_share"),
+        "bundle, of the full model's bytes": share(sum(_sizes(found).values()) or None, found.get("full_bytes")),
+        "left verbatim, of the full model": share(found.get("verbatim_share")),
+        "emulator, of the bytes it stands for": share(found.get("bytes"), found.get("middle_bytes")),
+        "emulator, of their forward cost": share(found.get("flops_share")),
     }
-    known = {name: float(share) for name, share in shares.items() if share is not None}
+    known = {name: part for name, part in shares.items() if part is not None}
     if not known:
         return Markup()
     about = tag("p", "Bars: of 100%.", class_="about")
-    bars = meters(known, {name: f"{share:.1%}" for name, share in known.items()}, most=1.0)
+    bars = meters(known, {name: f"{part:.1%}" for name, part in known.items()}, most=1.0)
     return tag("div", join((tag("h3", "Shares"), about, bars)), class_="card")
 
 
 def _form(value: Any, form: str) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return plain(value)
-    forms = {"bytes": human_bytes, "share": lambda v: f"{v:.1%}", "number": significant, "time": duration}
+    forms: dict[str, Callable[[float], str]] = {"bytes": human_bytes, "number": significant, "time": duration}
     return forms[form](value) if form in forms else f"{value:,}"
 
 

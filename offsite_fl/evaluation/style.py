@@ -23,8 +23,8 @@ h1 { margin: 0 0 .7rem; max-width: 24em; font-size: clamp(1.55rem, 4.2vw, 2.3rem
 .chip { display: inline-block; margin-right: .55rem; padding: .05rem .6rem; border-radius: 1rem; font-size: .86rem;
   font-weight: 600; white-space: nowrap; background: var(--grid); }
 .chip.good { color: var(--good); background: var(--goodbg); } .chip.bad { color: var(--bad); background: var(--badbg); }
-.tiles { display: grid; grid-template-columns: repeat(var(--n), 1fr); gap: 1px; margin: 2.2rem 0 0; background: var(--hair);
-  border: 1px solid var(--hair); border-radius: 10px; overflow: hidden; }
+.tiles { display: grid; grid-template-columns: repeat(var(--n), 1fr); gap: 1px; margin: 2.2rem 0 0;
+  background: var(--hair); border: 1px solid var(--hair); border-radius: 10px; overflow: hidden; }
 .tiles div { padding: .95rem 1.1rem 1rem; background: var(--card); }
 .tiles dt { color: var(--muted); font-size: .84rem; }
 .tiles dd { margin: .1rem 0 0; font-size: .84rem; color: var(--muted); line-height: 1.4; }
@@ -51,7 +51,8 @@ table { border-collapse: collapse; width: 100%; font-size: .94rem; font-variant-
 th, td { padding: .5rem .8rem .5rem 0; text-align: left; vertical-align: baseline; border-top: 1px solid var(--hair); }
 thead th { border-top: 0; padding-top: 0; color: var(--muted); font-size: .84rem; font-weight: 500; }
 tbody th { font-weight: 500; } td.n, th.n { text-align: right; white-space: nowrap; }
-th.n { white-space: normal; } td.free { overflow-wrap: anywhere; min-width: 7rem; }
+th.n { white-space: normal; } td.free { overflow-wrap: anywhere; min-width: 6.5rem; }
+.card > p.about:last-child { margin-bottom: 0; }
 td:last-child, th:last-child { padding-right: 0; } h3 + .scroll, h3 + .two { margin-top: .6rem; }
 tfoot td, tfoot th { font-weight: 600; border-top-color: var(--muted); }
 .scroll { overflow-x: auto; }
