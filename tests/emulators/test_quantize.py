@@ -55,7 +55,7 @@ def bytes_on_disk(block: nn.Module, path: Path) -> int:
 
 @pytest.mark.parametrize(("bits", "share"), [(8, 0.32), (4, 0.2)])
 def test_bytes_on_disk_fall(pico_llama: nn.Module, tmp_path: Path, bits: int, share: float) -> None:
-    """Against fp32: a quarter or an eighth, plus fp16 scales (2 bytes for 32 weights or more), norms and file header."""
+    """Against fp32: a quarter or an eighth plus fp16 scales (2 bytes for 32 weights or more), norms and header."""
     packed = quantized(pico_llama, bits=bits).at(2)
     wide = pico_llama.get_submodule("model.layers.2")
     before, after = (bytes_on_disk(b, tmp_path / "block.safetensors") for b in (wide, packed))

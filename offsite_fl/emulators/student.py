@@ -1,0 +1,183 @@
+"""The two sides of a distillation: the client's own network as the student, the full model's middle as the teacher.
+
+Both start from the hidden state that enters the first middle place and end at the output of the last one; adapter
+blocks in between, where a split has some, run in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offsite_fl.emulators.base import Batch, Context, Emulator
+from offsite_fl.errors import EmulatorError, ModelError
+from offsite_fl.evaluation.loss import causal_nll
+from offsite_fl.models.network import build_network, fill_network, place_blocks, plan_network, shared_tensors
+
+REDUCED = (torch.bfloat16, torch.float16)
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the last middle place, before what nobody asked for runs."""
+
+
+class Student:
+    """The network that clients will run, with the emulator's weights as fp32 copies that can be trained.
+
+    ``parameters`` names them ``emulator.{block}.{path}``; everything else in the network is frozen and shares memory
+    with the full model where the device is the same. ``dtypes`` are those the emulator came with. The network is in
+    eval mode (no dropout: the teacher is compared with exactly what clients run). Where the model itself is in half
+    precision, it computes under bf16 autocast.
+    """
+
+    def __init__(self, emulator: Emulator, context: Context) -> None:
+        if not emulator.layout:
+            raise EmulatorError("the emulator has no block left: there is nothing to train")
+        self.device = torch.device(context.device)
+        modules = [block.module for block in emulator.blocks]
+        origins = [block.origin for block in emulator.blocks]
+        plan = plan_network(context.model, context.blocks, context.adapter, emulator.layout, modules, origins)
+        self.network = build_network(plan)
+        fill_network(self.network, plan, _tensors(emulator, context))
+        self.network.requires_grad_(False).to(self.device)
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self.decayed: set[str] = set()
+        places = place_blocks(self.network, plan)
+        for block, place in zip(places, plan.layout, strict=True):
+            if place.role == "emulator":
+                self._train(block, modules[place.slot], place.prefix)
+        before = sum(index < context.middle[0] for index in context.adapter)
+        after = sum(index > context.middle[-1] for index in context.adapter)
+        self.entry, self.exit = places[before], places[len(places) - after - 1]
+        self.reduced = next(context.model.parameters()).dtype in REDUCED
+
+    def _train(self, block: nn.Module, original: nn.Module, prefix: str) -> None:
+        """Make the parameters of one emulator block trainable; a block at two places comes by twice, as one."""
+        dtypes = {name: parameter.dtype for name, parameter in original.named_parameters()}
+        for path, module in block.named_modules():
+            for leaf, parameter in module.named_parameters(prefix=path, recurse=False):
+                self.parameters[prefix + leaf] = parameter.requires_grad_(True)
+                self.dtypes[prefix + leaf] = dtypes[leaf]
+                # Weight matrices only: neither a bias nor the weight of a norm, whatever either is called.
+                if parameter.ndim >= 2 and "norm" not in type(module).__name__.lower():
+                    self.decayed.add(prefix + leaf)
+
+    def forward(self, batch: Batch, *, with_loss: bool) -> tuple[Tensor, Tensor, Tensor | None, int]:
+        """Run ``batch`` (on the student's device).
+
+        Returns the hidden states ``[B, T, hidden]`` that enter the first middle place (without gradient) and leave
+        the last, the summed loss in nats, and the number of predicted tokens. Without ``with_loss`` nothing behind the
+        middle runs and the last two are None and 0.
+        """
+        seen: dict[str, Tensor] = {}
+
+        def entering(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen["h"] = _hidden(args, kwargs).detach()
+
+        def leaving(_: nn.Module, args: Any, output: Any) -> None:
+            seen["s"] = _state(output)
+            if not with_loss:
+                raise _Reached
+
+        hooks = [
+            self.entry.register_forward_pre_hook(entering, with_kwargs=True),
+            self.exit.register_forward_hook(leaving),
+        ]
+        nats, tokens = None, 0
+        try:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.reduced):
+                if with_loss:
+                    nats, tokens = causal_nll(self.network, batch)
+                else:
+                    self.network(**_inputs(batch), use_cache=False)
+        except _Reached:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return seen["h"], seen["s"], nats, tokens
+
+
+class Teacher:
+    """The full model's middle, run on the hidden state that enters the student's."""
+
+    def __init__(self, context: Context) -> None:
+        self.model = context.model
+        self.entry, self.exit = context.block(context.middle[0]), context.block(context.middle[-1])
+        parameter = next(self.model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+
+    @torch.no_grad()
+    def forward(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """What the middle makes of ``hidden`` with the masks and positions of ``batch``; same shape, own device."""
+        seen: dict[str, Tensor] = {}
+        given = hidden.to(self.device, self.dtype)
+
+        def entering(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+            return ((given, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": given})
+
+        def leaving(_: nn.Module, args: Any, output: Any) -> None:
+            seen["t"] = _state(output)
+            raise _Reached
+
+        hooks = [
+            self.entry.register_forward_pre_hook(entering, with_kwargs=True),
+            self.exit.register_forward_hook(leaving),
+        ]
+        try:
+            with evaluating(self.model):
+                self.model(**{k: v.to(self.device) for k, v in _inputs(batch).items()}, use_cache=False)
+        except _Reached:
+            return seen["t"]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        raise ModelError(f"the forward pass of {type(self.model).__name__} didn't reach its last middle block")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode (no dropout) for the length of a ``with`` block; every module's own mode comes back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _tensors(emulator: Emulator, context: Context) -> dict[str, Tensor]:
+    """All tensors of the client's network by slot name: the emulator's floating ones copied to fp32, the rest live."""
+    device = torch.device(context.device)
+    tensors = shared_tensors(context.model, context.blocks)
+    for slot, index in enumerate(context.adapter):
+        tensors |= {f"adapter.{slot}.{name}": t for name, t in context.block(index).state_dict().items()}
+    for slot, block in enumerate(emulator.blocks):
+        for name, tensor in block.module.state_dict().items():
+            dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+            tensors[f"emulator.{slot}.{name}"] = tensor.to(device, dtype, copy=True)
+    return tensors
+
+
+def _inputs(batch: Batch) -> Batch:
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, Tensor):
+        raise ModelError("a block is called without a hidden state, neither first nor as hidden_states")
+    return hidden
+
+
+def _state(output: Any) -> Tensor:
+    state = output[0] if isinstance(output, tuple) else output
+    if not isinstance(state, Tensor):
+        raise ModelError(f"a block returned {type(state).__name__} where a hidden state was expected")
+    return state
