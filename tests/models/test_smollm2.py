@@ -19,7 +19,7 @@ from offsite_fl.models import smollm2
 from offsite_fl.models.load import load_model
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-VOCABULARY = [*SPECIAL, *bytes_to_unicode().values(), "th", "the"]
+VOCABULARY = [*SPECIAL, *bytes_to_unicode().values(), "th", "the", "12"]
 
 
 def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -50,11 +50,12 @@ def packaged(tmp_path: Path, original: nn.Module, monkeypatch: pytest.MonkeyPatc
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(VOCABULARY)
     writer.add_token_types([3] * len(SPECIAL) + [1] * (len(VOCABULARY) - len(SPECIAL)))
-    writer.add_token_merges(["t h", "th e"])
+    writer.add_token_merges(["t h", "th e", "1 2"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
     writer.add_pad_token_id(2)
+    writer.add_chat_template("{{ messages[0]['content'] }}")
     parts = {theirs: ours for ours, theirs in smollm2._INSIDE.items()}
     for name, value in original.state_dict().items():
         rows = value.numpy()
@@ -93,6 +94,8 @@ def test_conversion_gives_the_model_back(cache_dir: Path, original: nn.Module) -
     assert tokenizer.convert_ids_to_tokens(ids) == ["the", "Ġ", "c", "a", "t", "Ċ"]
     assert tokenizer.decode(ids) == "the cat\n"
     assert tokenizer("<|im_start|>t")["input_ids"][0] == 1
+    assert tokenizer.convert_ids_to_tokens(tokenizer(" 12")["input_ids"]) == ["Ġ", "1", "2"]
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
     assert [entry.name for entry in cache_dir.iterdir()] == [smollm2.FOLDER]
 
 
