@@ -78,7 +78,7 @@ def _tiles(report: RunReport) -> Markup:
     zero, plug, full = rows.full_zero_shot, rows.plug_in, rows.full_fine_tuning
     after = f"; {show(full)} with full fine-tuning" if full else ""
     tiles = [(f"Plug-in {noun(plug)}", show(plug), f"{show(zero)} untuned{after}")]
-    share = "of full fine-tuning's gain" if rows.recovered is not None else "needs a full fine-tuning that gains"
+    share = "of full fine-tuning's gain" if rows.recovered is not None else "can't be told from these rows"
     share = share if full else "full fine-tuning was not run"
     tiles.append(("Recovered", "-" if rows.recovered is None else f"{rows.recovered:.0%}", share))
     unit, scale = ("nats", 1) if rows.measure == "loss" else ("points", 100)

@@ -55,7 +55,7 @@ th.n { white-space: normal; } td.free { overflow-wrap: anywhere; min-width: 6.5r
 .card > p.about:last-child { margin-bottom: 0; }
 td:last-child, th:last-child { padding-right: 0; } h3 + .scroll, h3 + .two { margin-top: .6rem; }
 tfoot td, tfoot th { font-weight: 600; border-top-color: var(--muted); }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; } .scroll + .scroll { margin-top: 1.6rem; }
 table.rows tr.plug_in th, table.rows tr.plug_in td { font-weight: 650; }
 table.rows td.bar, table.rows th.bar { width: 48%; padding-left: 1.6rem; } table.rows td.bar { vertical-align: middle; }
 .scale { display: flex; justify-content: space-between; }
