@@ -123,7 +123,7 @@ def test_bars_start_at_the_untuned_model(page: str) -> None:
 
 
 def test_hostile_strings_are_text() -> None:
-    page = render_page(federation(HOSTILE, HOSTILE))
+    page = render_page(federation(HOSTILE, HOSTILE, rounds=1, clients=2))
     reader = Reader(page)
     assert not {"script", "img"} & set(reader.seen)
     assert not any(name.startswith("on") for name, _ in reader.attributes)
