@@ -190,7 +190,7 @@ class _Reader:
             raise self.fail(f"tensor {slot} is declared in two shards")
         self.slots.add(slot)
         _check_keys(self.table(raw, f"tensor {slot}"), "tensor", self.where)
-        if raw["dtype"] not in DTYPE_BYTES:
+        if not isinstance(raw["dtype"], str) or raw["dtype"] not in DTYPE_BYTES:
             raise self.fail(f"tensor {slot} has dtype {show(raw['dtype'])}; known: {', '.join(DTYPE_BYTES)}")
         shape, limits = raw["shape"], self.limits
         if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):

@@ -6,6 +6,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +91,14 @@ def write_bundle(
         data = Manifest(plan.to_json(), tuple(shards), tuple(files)).to_bytes()
         (stage / MANIFEST).write_bytes(data)
         sync_tree(stage)
-        open_bundle(stage, limits=_generous(wanted), digest=digest_of(data))
+        bundle = open_bundle(stage, limits=_generous(wanted), digest=digest_of(data))
         _publish(stage, out)
     except BaseException as error:
         discard(stage)
         if isinstance(error, OSError):
             raise BundleError(f"bundle {out} can't be written: {error}") from error
         raise
-    return open_bundle(out, limits=_generous(wanted), digest=digest_of(data), verify=False)
+    return replace(bundle, path=out)
 
 
 def _check_target(out: Path) -> None:

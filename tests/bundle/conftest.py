@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from offsite_fl.models.blocks import block_list, find_blocks
 from offsite_fl.models.linears import LowRankLinear, QuantizedLinear, replace_module
 from offsite_fl.models.network import NetworkPlan, plan_network, shared_tensors
 from offsite_fl.models.plug import adapter_tensors
+
+from ..conftest import make_pico, make_tokenizer
 
 FULL_DEPTH = 13  # a number that nothing else in a pico llama has
 
@@ -62,10 +64,17 @@ def parts(pico: Callable[..., nn.Module], pico_tokenizer: PreTrainedTokenizerFas
     return make_parts(pico("llama", num_hidden_layers=FULL_DEPTH), pico_tokenizer)
 
 
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Written once for all tests: several shards a kind, packed tensors among them. Not to be changed."""
+    parts = make_parts(make_pico("llama", num_hidden_layers=FULL_DEPTH), make_tokenizer())
+    return parts.write(tmp_path_factory.mktemp("written") / "bundle", shard_bytes=30_000)
+
+
 @pytest.fixture
-def bundle(parts: Parts, tmp_path: Path) -> Bundle:
-    """Several shards a kind, all dtypes."""
-    return parts.write(tmp_path / "bundle", shard_bytes=30_000)
+def bundle(written: Bundle, tmp_path: Path) -> Bundle:
+    """A copy of the bundle for one test."""
+    return replace(written, path=shutil.copytree(written.path, tmp_path / "bundle"))
 
 
 @pytest.fixture
