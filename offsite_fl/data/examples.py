@@ -41,7 +41,8 @@ def to_examples(
 
     Plain text becomes blocks of exactly ``block_size`` tokens; documents follow each other with the end-of-sequence
     token between them, and a last block that isn't full is left out. A table with prompts and answers becomes one
-    example a row. One with both uses the pairs where ``loss_on="answer"`` and the text otherwise.
+    example a row. One with both uses the pairs where ``loss_on="answer"`` and the text otherwise. A dataset that
+    already has ``input_ids`` and ``labels`` is taken as it is.
 
     Returns
     -------
@@ -55,6 +56,8 @@ def to_examples(
     columns = columns or TextOptions()
     if loss_on not in ("all", "answer"):
         raise ConfigError(f"loss-on = {loss_on!r} isn't possible; {near(str(loss_on), ['all', 'answer'])}")
+    if isinstance(source, Dataset) and {"input_ids", "labels"} <= set(source.column_names):
+        return source
     table = read_table(source)
     has_pairs = columns.prompt in table.columns and columns.answer in table.columns
     if has_pairs and (loss_on == "answer" or columns.text not in table.columns):

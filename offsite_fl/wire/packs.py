@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -33,12 +32,12 @@ def plan_packs(files: Iterable[tuple[str, int]], pack_bytes: int = PACK_BYTES) -
     return packs
 
 
-def make_pack(folder: Path, pack: Sequence[str], digest: str) -> RecordDict:
-    """One message's content: the named files of the bundle in ``folder`` as uint8 arrays under their names.
+def make_pack(read: Callable[[str], bytes], pack: Sequence[str], digest: str) -> RecordDict:
+    """One message's content: files of a bundle, which ``read`` gives by name, as uint8 arrays under their names.
 
     Weights never go into a config record: Flower doesn't chunk its bytes.
     """
-    arrays = {name: Array(np.frombuffer((folder / name).read_bytes(), dtype=np.uint8)) for name in pack}
+    arrays = {name: Array(np.frombuffer(read(name), dtype=np.uint8)) for name in pack}
     config = ConfigRecord({names.DIGEST: digest, names.FILES: list(pack)})
     return RecordDict({names.ARRAYS: ArrayRecord(arrays), names.CONFIG: config})
 

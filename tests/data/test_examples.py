@@ -128,3 +128,8 @@ def test_split_ends():
         split_examples(numbered([4, 4]), 0.5, 0)
     with pytest.raises(ConfigError):
         split_examples(examples, 1.0, 0)
+
+
+def test_examples_that_are_made_already_pass(pico_tokenizer):
+    made = to_examples(Dataset.from_dict({"text": ["abcdefgh"]}), pico_tokenizer, block_size=4)
+    assert to_examples(made, pico_tokenizer, block_size=4, loss_on="answer") is made

@@ -1,0 +1,271 @@
+"""The data owner as a Flower ClientApp: receives a bundle once, tunes the adapter each round, sends back the update.
+
+Works in simulation and deployment. In a deployment every message starts a new process, so the bundle lives in a disk
+cache and is memory-mapped; in simulation one opened network is shared by all virtual clients of a worker process.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset  # type: ignore[import-untyped,unused-ignore]
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.clientapp.mod import LocalDpMod
+from flwr.clientapp.typing import ClientAppCallable, Mod
+
+from offsite_fl.bundle import Cache
+from offsite_fl.config import FrozenDtype, TuneConfig
+from offsite_fl.data.examples import split_examples, to_examples
+from offsite_fl.data.sources import Source
+from offsite_fl.data_owner import DataOwner
+from offsite_fl.errors import ConfigError, DataError, OffsiteError, WireError
+from offsite_fl.wire import names
+from offsite_fl.wire.codecs import decode, encode
+from offsite_fl.wire.packs import read_pack
+from offsite_fl.wire.records import only_arrays, only_config, text
+from offsite_fl.wire.settings import client_seed, tune_from_config
+
+Data = Source | tuple[Source, Source]
+LoadData = Callable[[Context], Data]
+
+
+class BundleMissing(OffsiteError):
+    """The bundle that a message is about isn't in this site's cache (any more)."""
+
+
+def make_client_app(
+    load_data: LoadData | None = None,
+    *,
+    train_mods: Sequence[Mod] = (),
+    cache: Cache | str | Path | None = None,
+) -> ClientApp:
+    """A ClientApp for one site, or for all virtual clients of a simulation.
+
+    Parameters
+    ----------
+    load_data
+        Gets the Flower context and gives a file, a ``datasets.Dataset``, or ``(train, validation)`` of these. None
+        reads the path ``data`` (and ``validation-data``, if set) from the node config, so that a site needs no code.
+    train_mods
+        Flower mods around tuning only, for instance ``[fixedclipping_mod]``. Never give privacy mods to a whole app:
+        they answer queries and bundle messages with errors.
+    cache
+        Where bundles are kept: a :class:`~offsite_fl.bundle.Cache` or its folder. None takes ``cache-dir`` of the node
+        config, else ``OFFSITE_FL_CACHE``, else ``~/.cache/offsite-fl``.
+
+    Notes
+    -----
+    A site sets in its node config what is its own business: ``name``, ``data``, ``cache-dir``, ``cache-bytes`` and
+    ``tune.*`` settings such as ``tune.device`` or ``tune.batch-size``.
+    """
+    site = _Site(load_data or load_from_node_config, cache, any(isinstance(mod, LocalDpMod) for mod in train_mods))
+    app = ClientApp()
+    app.query(names.BUNDLE_ACTION)(_answering(site.query_bundle))
+    app.train(names.BUNDLE_ACTION)(_answering(site.store_bundle))
+    app.train(mods=list(train_mods))(_answering(site.tune))
+    app.evaluate()(_answering(site.evaluate))
+    return app
+
+
+def load_from_node_config(context: Context) -> Data:
+    """The default loader: files named by ``data`` and ``validation-data`` in the node config."""
+    path, held_out = context.node_config.get("data"), context.node_config.get("validation-data")
+    if not isinstance(path, str):
+        raise DataError(
+            "this site names no data file: start its SuperNode with --node-config 'data=\"/path/to/file.jsonl\"', "
+            "or give make_client_app a load_data function"
+        )
+    return (path, held_out) if isinstance(held_out, str) else path
+
+
+def client_name(context: Context) -> str:
+    """What this site is called in logs and reports: ``name`` in the node config, else by partition or node."""
+    config = context.node_config
+    if "name" in config:
+        return text(config["name"], "name")
+    return f"client-{config['partition-id']}" if "partition-id" in config else f"node-{context.node_id}"
+
+
+def _answering(handler: ClientAppCallable) -> ClientAppCallable:
+    """Turn our own errors into error replies whose reason the server logs; a bug keeps its traceback."""
+
+    @functools.wraps(handler)
+    def answer(message: Message, context: Context) -> Message:
+        try:
+            return handler(message, context)
+        except OffsiteError as error:
+            code = names.BUNDLE_MISSING if isinstance(error, BundleMissing) else names.REFUSED
+            return Message(Error(code, f"{type(error).__name__}: {error}"), reply_to=message)
+
+    return answer
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A train or evaluate message, read."""
+
+    owner: DataOwner
+    config: ConfigRecord
+    arrays_key: str
+    tune: TuneConfig
+    codec: str
+    reference: Mapping[str, torch.Tensor]
+    start: Mapping[str, torch.Tensor]
+
+
+class _Site:
+    """The handlers of one ClientApp."""
+
+    def __init__(self, load_data: LoadData, cache: Cache | str | Path | None, local_noise: bool) -> None:
+        self.load_data, self.given_cache, self.local_noise = load_data, cache, local_noise
+
+    # The bundle ------------------------------------------------------------------------------------------------
+
+    def query_bundle(self, message: Message, context: Context) -> Message:
+        """Say whether the bundle is here, and if not, which files are still to come."""
+        digest = text(only_config(message.content)[1].get(names.DIGEST), names.DIGEST)
+        return self._state(message, context, digest)
+
+    def store_bundle(self, message: Message, context: Context) -> Message:
+        """Keep the files of one message; the last one completes the bundle."""
+        digest, files = read_pack(message.content)
+        cache = self._cache(context)
+        if cache.find(digest) is None:
+            incoming = cache.receiver(digest, client_name(context))
+            for name, data in files:
+                incoming.store(name, data)
+            if not incoming.missing():
+                incoming.commit()
+        return self._state(message, context, digest)
+
+    def _state(self, message: Message, context: Context, digest: str) -> Message:
+        cache, name = self._cache(context), client_name(context)
+        held = cache.find(digest) is not None
+        state: dict[str, Any] = {names.DIGEST: digest, names.CLIENT: name, names.HELD: held}
+        if not held:
+            state[names.MISSING] = cache.receiver(digest, name).missing()
+        return Message(RecordDict({names.CONFIG: ConfigRecord(state)}), reply_to=message)
+
+    def _cache(self, context: Context) -> Cache:
+        if isinstance(self.given_cache, Cache):
+            return self.given_cache
+        folder = self.given_cache or context.node_config.get("cache-dir")
+        size = context.node_config.get("cache-bytes")
+        return Cache(
+            str(folder) if folder else None, size if isinstance(size, (int, str)) and size is not True else None
+        )
+
+    # Tuning and evaluation -------------------------------------------------------------------------------------
+
+    def tune(self, message: Message, context: Context) -> Message:
+        """Tune the received adapter on this site's data and send it back in the same form."""
+        with _networks.lock:
+            task = self._read(message, context)
+            train, validation = self._data(task, context)
+            update = task.owner.tune(train, task.tune, validation=validation, start=task.start)
+        arrays, notes = encode({name: update.tensors[name] for name in task.reference}, task.reference, task.codec)
+        config = ConfigRecord({**notes, names.CLIENT: client_name(context), names.DIGEST: task.owner.bundle.digest})
+        # train_loss with an underscore is what Flower's QFedAvg asks for
+        measured = {name.replace("-", "_"): value for name, value in update.metrics.items()}
+        metrics = MetricRecord({names.NUM_EXAMPLES: update.num_examples, **measured})
+        return Message(
+            RecordDict({task.arrays_key: arrays, names.METRICS: metrics, names.CONFIG: config}), reply_to=message
+        )
+
+    def evaluate(self, message: Message, context: Context) -> Message:
+        """Loss of the emulator with the received adapter on this site's validation data."""
+        with _networks.lock:
+            task = self._read(message, context)
+            validation = self._data(task, context)[1]
+            if validation is None:
+                raise ConfigError("this site has no validation data: set tune.validation-share or validation-data")
+            loss = self._loss(task, validation)
+        metrics = MetricRecord({names.LOSS: loss, names.NUM_EXAMPLES: len(validation)})
+        config = ConfigRecord({names.CLIENT: client_name(context), names.DIGEST: task.owner.bundle.digest})
+        return Message(RecordDict({names.METRICS: metrics, names.CONFIG: config}), reply_to=message)
+
+    def _loss(self, task: _Task, validation: Dataset) -> float:
+        owner, tune = task.owner, task.tune
+        if tune.lora is None:
+            owner.load_adapter(task.start)
+            return float(owner.evaluate(validation, tune).loss)
+        inside = owner.lora(tune.lora, tune.seed, task.start)
+        try:
+            return float(owner.evaluate(validation, tune).loss)
+        finally:
+            inside.remove()
+
+    def _read(self, message: Message, context: Context) -> _Task:
+        arrays_key, arrays = only_arrays(message.content)
+        config = only_config(message.content)[1]
+        digest = text(config.get(names.DIGEST), names.DIGEST)
+        codec = text(config.get(names.CODEC, "fp32"), names.CODEC)
+        if codec != "fp32" and (self.local_noise or names.CLIPPING_NORM in config):
+            raise WireError(f"codec {codec!r} hides the values from the privacy mod, which needs fp32")
+        tune = tune_from_config(config, context.node_config, client_name(context))
+        owner = _networks.open(self._cache(context), digest, tune.frozen_dtype)
+        owner.reset()  # nothing of another virtual client's round may stay
+        known = _reference(owner, tune)
+        # In the order of the message: Flower's privacy mods compare the lists of keys.
+        reference = {name: known[name] for name in [*(n for n in arrays if n in known), *known]}
+        return _Task(owner, config, arrays_key, tune, codec, reference, decode(arrays, config, reference, codec))
+
+    def _data(self, task: _Task, context: Context) -> tuple[Dataset, Dataset | None]:
+        """Examples to tune on and examples to watch, the same division in every round."""
+
+        def examples(source: Source) -> Dataset:
+            return to_examples(source, task.owner.tokenizer, block_size=task.tune.block_size, loss_on=task.tune.loss_on)
+
+        loaded = self.load_data(context)
+        if isinstance(loaded, tuple):
+            return examples(loaded[0]), examples(loaded[1])
+        # Not with the round's seed: what was validation data in round 1 would be tuned on in round 2.
+        run_seed = int(task.config.get(names.TUNE + "seed", 0))  # type: ignore[arg-type]
+        return split_examples(
+            examples(loaded), task.tune.validation_share, client_seed(run_seed, 0, client_name(context))
+        )
+
+
+def _reference(owner: DataOwner, tune: TuneConfig) -> dict[str, torch.Tensor]:
+    """What travelling values are differences from: the bundle's adapter, or zeros for LoRA factors."""
+    if tune.lora is None:
+        handed_out = owner.bundle.tensors()
+        return {name: handed_out[name].float() for name in handed_out if name.startswith("adapter.")}
+    inside = owner.lora(tune.lora)
+    try:
+        return {name: torch.zeros_like(value) for name, value in inside.tensors().items()}
+    finally:
+        inside.remove()
+
+
+class _Networks:
+    """The network that this process has open: one, for frozen weights are large, shared by all virtual clients."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._open: dict[tuple[str, str, str], DataOwner] = {}
+
+    def open(self, cache: Cache, digest: str, frozen_dtype: FrozenDtype) -> DataOwner:
+        """The data owner of a bundle in ``cache``; ``BundleMissing`` if it isn't there."""
+        key = (str(cache.root), digest, frozen_dtype)
+        if key not in self._open:
+            bundle = cache.find(digest)
+            if bundle is None:
+                raise BundleMissing(f"bundle {digest[:12]} isn't in the cache {cache.root}")
+            self._open.clear()
+            self._open[key] = DataOwner.open(bundle, frozen_dtype)
+        return self._open[key]
+
+    def clear(self) -> None:
+        """Forget it, as a new process would."""
+        self._open.clear()
+
+
+_networks = _Networks()

@@ -1,0 +1,46 @@
+"""Evaluation on the server: what the adapter is worth in the full model and in the emulator, round by round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from flwr.app import ArrayRecord, MetricRecord
+
+from offsite_fl.config import LoraOptions
+from offsite_fl.evaluation.rows import Row
+
+PLUG_IN_LOSS, EMULATOR_LOSS = "plug_in_loss", "emulator_loss"
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+
+
+class Measures(Protocol):
+    """What measures adapters: :class:`offsite_fl.measure.Measure` does."""
+
+    def plug_in(self, tensors: Mapping[str, torch.Tensor], lora: LoraOptions | None = None) -> Row:
+        """The full model with the adapter plugged in."""
+
+    def emulator_tuned(self, tensors: Mapping[str, torch.Tensor], lora: LoraOptions | None = None) -> Row:
+        """The emulator with the adapter."""
+
+
+def central_evaluation(measure: Measures, lora: LoraOptions | None = None, *, every: int = 1) -> EvaluateFn:
+    """An ``evaluate_fn`` for ``start()``: losses of plug-in and emulator in nats per token.
+
+    ``every`` is the number of rounds between two evaluations, counted from round 0. The metrics' names are what
+    :class:`OffsiteTuning` puts into the round's record, and so into the curves of the report.
+    """
+
+    def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        if server_round % every:
+            return None
+        tensors = {name: torch.from_numpy(array.numpy().copy()) for name, array in arrays.items()}
+        plug_in, emulator = measure.plug_in(tensors, lora), measure.emulator_tuned(tensors, lora)
+        return MetricRecord({PLUG_IN_LOSS: _loss(plug_in), EMULATOR_LOSS: _loss(emulator)})
+
+    return evaluate
+
+
+def _loss(row: Row) -> float:
+    return float("nan") if row.loss is None else float(row.loss)

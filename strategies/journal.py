@@ -1,0 +1,83 @@
+"""What happened in a run: names of nodes, bytes, rounds, and every reply that was left out, with its reason."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+from flwr.app import RecordDict
+
+from offsite_fl.errors import OffsiteError, WireError
+from offsite_fl.evaluation.ledger import Direction, Kind, Ledger
+from offsite_fl.evaluation.rounds import Dropped, RoundRecord
+from offsite_fl.wire import names
+from offsite_fl.wire.records import count_bytes, text
+
+# Under Flower's own logger, so that our lines go where its lines go.
+log = logging.getLogger("flwr.offsite")
+
+
+class NodeNames:
+    """Flower node ids, which are random in every run, to the names that sites give themselves."""
+
+    def __init__(self) -> None:
+        self._names: dict[int, str] = {}
+        self._claims: dict[int, str] = {}
+
+    def learn(self, node: int, content: RecordDict) -> None:
+        """Take the name out of a reply, if it has one; a name that another node has is made unique."""
+        claim = next((c.get(names.CLIENT) for c in content.config_records.values() if names.CLIENT in c), None)
+        try:
+            name = text(claim, names.CLIENT)[:100]
+        except OffsiteError:
+            return
+        if not name or self._claims.get(node) == name:
+            return
+        if name in self._claims.values():
+            log.warning("two nodes call themselves %s; give each its own name in its node config", name)
+        self._names[node] = f"{name} (node {node})" if name in self._claims.values() else name
+        self._claims[node] = name
+
+    def __getitem__(self, node: int) -> str:
+        return self._names.get(node, f"node-{node}")
+
+
+@dataclass
+class Journal:
+    """The record of a run; it goes into checkpoints and into the report."""
+
+    ledger: Ledger = field(default_factory=Ledger)
+    rounds: list[RoundRecord] = field(default_factory=list)
+    nodes: NodeNames = field(default_factory=NodeNames)
+
+    def begin(self, server_round: int) -> RoundRecord:
+        """Start the record of a round."""
+        self.rounds.append(RoundRecord(server_round))
+        return self.rounds[-1]
+
+    def record(self, server_round: int) -> RoundRecord:
+        """The record of the round that is under way."""
+        if not self.rounds or self.rounds[-1].round != server_round:
+            raise WireError(f"round {server_round} wasn't configured: configure_train comes first")
+        return self.rounds[-1]
+
+    def count(self, server_round: int, kind: Kind, direction: Direction, node: int, content: RecordDict) -> None:
+        """Book the arrays of a message under ``kind`` and everything else of it under ``metrics``."""
+        sizes = count_bytes(content)
+        if sizes["arrays"]:
+            self.ledger.add(server_round, kind, direction, self.nodes[node], sizes["arrays"])
+        rest = sizes["metrics"] + sizes["config"]
+        if rest:
+            self.ledger.add(server_round, "metrics", direction, self.nodes[node], rest)
+
+    def drop(self, server_round: int, node: int, reason: str) -> None:
+        """Note that a node's reply isn't used."""
+        log.warning("round %d: the reply of %s is left out: %s", server_round, self.nodes[node], reason)
+        self.record(server_round).dropped.append(Dropped(self.nodes[node], reason))
+
+    def skip(self, server_round: int, reason: str) -> None:
+        """Note that a round leaves the adapter as it was."""
+        log.warning("round %d leaves the adapter as it was: %s", server_round, reason)
+        record = self.record(server_round)
+        record.skipped = True
+        record.dropped.append(Dropped("aggregate", reason))
