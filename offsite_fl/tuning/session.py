@@ -64,17 +64,17 @@ def training_mode(network: nn.Module, trainable: Mapping[str, nn.Parameter], con
         raise ConfigError(f"{what}; pass live parameters of this network")
     required = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     modes = [(module, module.training) for module in network.modules()]
-    was_checkpointing = bool(getattr(network, "is_gradient_checkpointing", False))
+    checkpointing = config.gradient_checkpointing and not _is_checkpointing(network)
     try:
         network.requires_grad_(False)
         for parameter in trainable.values():
             parameter.requires_grad_(True)
         network.train()
-        if config.gradient_checkpointing and not was_checkpointing:
+        if checkpointing:
             _checkpointing(network, True)
         yield
     finally:
-        if config.gradient_checkpointing and not was_checkpointing:
+        if checkpointing:
             _checkpointing(network, False)
         for parameter, flag in required:
             parameter.requires_grad_(flag)
@@ -83,16 +83,22 @@ def training_mode(network: nn.Module, trainable: Mapping[str, nn.Parameter], con
             module.training = mode
 
 
+def _is_checkpointing(network: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
+
+
 def _checkpointing(network: nn.Module, on: bool) -> None:
+    # transformers renames these methods on the way to version 6
+    kind = "activation" if hasattr(network, "activation_checkpointing_enable") else "gradient"
     if not getattr(network, "supports_gradient_checkpointing", False):
         if on:
             raise ConfigError(f"{type(network).__name__} doesn't support gradient-checkpointing; switch it off")
-        return
-    if on:
+    elif on:
         # The re-entrant kind would need inputs with gradients and breaks where the first blocks are frozen.
-        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        options = {f"{kind}_checkpointing_kwargs": {"use_reentrant": False}}
+        getattr(network, f"{kind}_checkpointing_enable")(**options)
     else:
-        network.gradient_checkpointing_disable()  # type: ignore[operator]
+        getattr(network, f"{kind}_checkpointing_disable")()
 
 
 @contextmanager

@@ -25,6 +25,8 @@ from offsite_fl.tuning.proximal import Proximal
 from offsite_fl.tuning.schedule import learning_rate
 from offsite_fl.tuning.session import borrowed_accelerator, own_randomness, training_mode
 
+_NO_GRADIENT = "no gradient reaches the trained tensors: the network's output doesn't depend on them"
+
 
 @dataclass(frozen=True)
 class TuneResult:
@@ -204,6 +206,8 @@ class _Loop:
             if number == 0 and self.proximal is not None:
                 share = share + self.config.proximal_mu / 2 * self.proximal()
             self._must_be_finite(share.item(), "loss", step, total)
+            if not share.requires_grad:
+                raise OffsiteError(_NO_GRADIENT)
             self.accelerator.backward(share)
         self._update(step, total)
         self.tokens += sum(int(batch["attention_mask"].sum()) for batch in group)
@@ -217,7 +221,7 @@ class _Loop:
         if self.accelerator.scaler is None:
             self._must_be_finite(size, "gradient norm", step, total)
         if step == 1 and size == 0:
-            raise OffsiteError("no gradient reaches the trained tensors; check what is trained and the labels")
+            raise OffsiteError(_NO_GRADIENT)
         schedule = config.schedule_steps or config.schedule_offset + total
         rate = learning_rate(config, config.schedule_offset + step - 1, schedule)
         for parameters_of in self.optimizer.param_groups:
