@@ -1,7 +1,7 @@
 """The seam behind which every emulator method lives: blocks and a context in, new blocks out.
 
-A method never changes a module of the full model: it copies block by block (:func:`copy_structure`) and replaces what it
-must in the copy. How a client rebuilds the result is derived from the blocks themselves (``models.linears``), so a
+A method never changes a module of the full model: it copies block by block (:func:`copy_structure`) and replaces what
+it must in the copy. How a client rebuilds the result is derived from the blocks themselves (``models.linears``), so a
 method hands over modules only.
 """
 
@@ -13,16 +13,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 from rich.progress import track
 from torch import Tensor, nn
 
 from offsite_fl.errors import ConfigError, EmulatorError
+from offsite_fl.models.blocks import Blocks, block_list
 from offsite_fl.registry import Registry
-
-if TYPE_CHECKING:
-    from offsite_fl.models.blocks import Blocks
 
 Batch = dict[str, Tensor]
 T = TypeVar("T")
@@ -70,9 +68,10 @@ class Emulator:
 class Context:
     """What a method may look at: the full model, where to cut it, and public text.
 
-    ``adapter`` and ``middle`` are disjoint sorted block indices that cover the model. ``calibration`` and ``validation``
-    are batches (``input_ids``, ``attention_mask``, ``labels``, each ``[B, T]`` int64) of public text, never of a data
-    owner's. ``workdir`` is where long methods keep what they need to resume.
+    ``adapter`` and ``middle`` are disjoint sorted block indices that cover the model. ``calibration`` and
+    ``validation`` are batches (``input_ids``, ``attention_mask``, ``labels``, each ``[B, T]`` int64) of public text,
+    never of a data owner's. ``device`` is where the work is done, the result lies where the model lies. ``workdir`` is
+    where long methods keep what they need to resume.
     """
 
     model: nn.Module
@@ -88,7 +87,7 @@ class Context:
 
     def block(self, index: int) -> nn.Module:
         """The full model's own block; look, don't touch."""
-        return self.model.get_submodule(f"{self.blocks.path}.{index}")
+        return block_list(self.model, self.blocks)[index]
 
     def need_calibration(self, why: str) -> tuple[Batch, ...]:
         """The calibration batches, or ``EmulatorError`` saying ``why`` they are needed."""
@@ -191,13 +190,7 @@ def copy_structure(module: nn.Module) -> nn.Module:
     the copy must use ``copy.deepcopy`` instead.
     """
     memo: dict[int, Tensor] = {id(t): t for t in _tensors(module)}
-    return copy.deepcopy(module, memo)  # type: ignore[arg-type]
-
-
-def replace_module(root: nn.Module, path: str, new: nn.Module) -> None:
-    """Put ``new`` at the dotted ``path`` below ``root``."""
-    parent, _, child = path.rpartition(".")
-    setattr(root.get_submodule(parent), child, new)
+    return copy.deepcopy(module, memo)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
