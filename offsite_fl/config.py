@@ -18,6 +18,8 @@ from offsite_fl.errors import ConfigError
 from offsite_fl.registry import near
 
 Scalar = str | int | float | bool
+FrozenDtype = Literal["auto", "float32", "bfloat16", "float16"]
+LossOn = Literal["all", "answer"]
 C = TypeVar("C")
 
 
@@ -77,10 +79,10 @@ class TuneConfig:
     schedule_offset: int = 0
     clip_norm: float = 1.0
     precision: Literal["no", "bf16", "fp16"] = "no"
-    frozen_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    frozen_dtype: FrozenDtype = "auto"
     gradient_checkpointing: bool = False
     block_size: int = 128
-    loss_on: Literal["all", "answer"] = "all"
+    loss_on: LossOn = "all"
     proximal_mu: float = 0.0
     lora_rank: int = 0
     lora_alpha: float = 16.0

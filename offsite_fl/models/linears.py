@@ -165,10 +165,8 @@ def _half_not_below(scales: torch.Tensor) -> torch.Tensor:
 def _unpack(
     packed: torch.Tensor, scales: torch.Tensor, bits: int, group: int, in_features: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    if bits == 8:
-        levels = packed.to(dtype)
-    else:
-        levels = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1).to(dtype) - 8
+    nibbles = packed if bits == 8 else torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)
+    levels = nibbles.to(dtype) - (0 if bits == 8 else 8)
     weight = levels.view(packed.shape[0], -1, group) * scales.to(dtype).unsqueeze(-1)
     return weight.flatten(1)[:, :in_features]
 
@@ -185,7 +183,7 @@ class _QuantizedMatmul(torch.autograd.Function):
         return nn.functional.linear(x, _unpack(packed, scales, bits, group, width, x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         packed, scales = ctx.saved_tensors
         bits, group, width, dtype = ctx.shape
         weight = _unpack(packed, scales, bits, group, width, grad.dtype)

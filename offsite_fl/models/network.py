@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from accelerate import init_empty_weights
+from accelerate import init_empty_weights  # type: ignore[import-untyped,unused-ignore]
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
@@ -27,11 +27,21 @@ TASKS: dict[str, Any] = {"causal-lm": AutoModelForCausalLM}
 
 # Never part of a plan: where the model came from, and switches that make transformers fetch or run foreign code.
 FORBIDDEN_CONFIG_KEYS = frozenset(
-    {"auto_map", "quantization_config", "name_or_path", "attn_implementation", "experts_implementation", "custom_pipelines"}
+    {
+        "auto_map",
+        "quantization_config",
+        "name_or_path",
+        "attn_implementation",
+        "experts_implementation",
+        "custom_pipelines",
+    }
 )
 # Flags that tie a block's function to its absolute index, which a client doesn't have.
 INDEX_DEPENDENT_FLAGS = ("scale_attn_by_inverse_layer_idx",)
+# Counts that say how deep the full model is; with one entry a block in layer_types nothing reads them.
+DEPTH_KEYS = ("max_window_layers",)
 MAX_PLACES = 4096
+MAX_BUFFER_BYTES = 2**30
 MAX_CONFIG_NUMBER = 2**40
 
 
@@ -100,7 +110,9 @@ class NetworkPlan:
         if not isinstance(linears, list) or not all(isinstance(t, dict) for t in linears):
             raise ModelError("network plan: linears must be a list of objects")
         if slots != set(range(len(linears))):
-            raise ModelError(f"network plan: {len(linears)} emulator blocks are described, the layout names {sorted(slots)}")
+            raise ModelError(
+                f"network plan: {len(linears)} emulator blocks are described, the layout names {sorted(slots)}"
+            )
         _check_config(data["config"])
         return cls(data["task"], data["config"], data["blocks_path"], layout, tuple(linears))
 
@@ -170,23 +182,30 @@ def plan_network(
 
 def _cut_config(model: nn.Module, blocks: Blocks, sources: Sequence[int]) -> dict[str, Any]:
     """The model's config as plain data for a network whose block ``i`` is like the full model's ``sources[i]``."""
-    config = model.config
-    assert isinstance(config, PretrainedConfig)
+    config: Any = model.config
+    if not isinstance(config, PretrainedConfig):
+        raise ModelError(f"{type(model).__name__} has no transformers config that a client could rebuild it from")
     for flag in INDEX_DEPENDENT_FLAGS:
         if getattr(config, flag, False):
-            raise ModelError(f"models with {flag}=True can't be split: a block's function depends on its absolute index")
+            raise ModelError(
+                f"models with {flag}=True can't be split: a block's function depends on its absolute index"
+            )
     cut = type(config).from_dict({k: v for k, v in config.to_dict().items() if k not in FORBIDDEN_CONFIG_KEYS})
     per_block = {k: v for k, v in cut.to_dict().items() if isinstance(v, (list, tuple)) and len(v) == blocks.depth}
     cut.num_hidden_layers = len(sources)
     for key, values in per_block.items():
         setattr(cut, key, [values[i] for i in sources])
+    for key in DEPTH_KEYS:
+        if hasattr(cut, key):
+            setattr(cut, key, len(sources))
     cut.tie_word_embeddings = _is_tied(model)
     plain = json.loads(cut.to_json_string(use_diff=False))
     dropped = FORBIDDEN_CONFIG_KEYS | {"transformers_version", "architectures", "dtype", "torch_dtype"}
     return {k: v for k, v in plain.items() if k not in dropped and not k.startswith("_")}
 
 
-def _is_tied(model: nn.Module) -> bool:
+def _is_tied(model: Any) -> bool:
+    """Whether head and embedding really are one tensor, whatever the config says."""
     if not hasattr(model, "get_output_embeddings"):
         return False
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -198,6 +217,9 @@ def _skeleton(plan: NetworkPlan) -> nn.Module:
     try:
         config = AutoConfig.for_model(plan.config["model_type"], **values)
         config.use_cache = False
+        depth = getattr(config, "num_hidden_layers", len(plan.layout))
+        if depth != len(plan.layout):
+            raise ModelError(f"the config says {depth} blocks, the layout has {len(plan.layout)}")
         network: nn.Module = TASKS[plan.task].from_config(config, trust_remote_code=False)
     except Exception as error:  # foreign data reaches many constructors; all their complaints mean the same here
         raise ModelError(f"network plan: transformers can't build {plan.config['model_type']!r}: {error}") from error
@@ -238,7 +260,9 @@ def expected_tensors(plan: NetworkPlan) -> dict[str, TensorSpec]:
     with torch.device("meta"):
         network = _skeleton(plan)
     _tie(network)
-    specs = {"shared." + name: TensorSpec(tuple(t.shape)) for name, t in _outside_blocks(network, plan.blocks_path).items()}
+    specs = {
+        "shared." + name: TensorSpec(tuple(t.shape)) for name, t in _outside_blocks(network, plan.blocks_path).items()
+    }
     for block, place in zip(place_blocks(network, plan), plan.layout, strict=True):
         exact = _exact_dtypes(block)
         for name, tensor in block.state_dict().items():
@@ -311,7 +335,7 @@ def _check_fit(expected: Mapping[str, TensorSpec], tensors: Mapping[str, torch.T
             raise ModelError(f"tensor {name!r} has dtype {tensor.dtype}, the network needs {spec.dtype}")
 
 
-def _tie(network: nn.Module) -> None:
+def _tie(network: Any) -> None:
     if hasattr(network, "tie_weights"):
         network.tie_weights()
 

@@ -1,0 +1,167 @@
+"""The data owner: opens a bundle, tunes its adapter on private data, hands back an update and nothing else.
+
+Offsite-Tuning (arXiv 2302.04870): the data owner holds the adapter A and a lossy emulator E* of the frozen middle,
+tunes A to A' on the network [A, E*] and returns A'. The full model is never here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from datasets import Dataset  # type: ignore[import-untyped,unused-ignore]
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from offsite_fl.bundle import Bundle, open_bundle
+from offsite_fl.config import FrozenDtype, LoraOptions, TuneConfig
+from offsite_fl.data.examples import to_examples
+from offsite_fl.data.loader import make_loader
+from offsite_fl.data.sources import Source
+from offsite_fl.errors import UpdateError
+from offsite_fl.evaluation.loss import LossResult, evaluate_loss
+from offsite_fl.models.network import NetworkPlan, adapter_parameters, build_network, fill_network, place_blocks
+from offsite_fl.tuning.dtypes import prepare_dtypes
+from offsite_fl.tuning.lora import AdapterLora, add_lora
+from offsite_fl.tuning.tune import tune
+from offsite_fl.update import Update
+
+
+class DataOwner:
+    """One party with data: a bundle, the network made from it, and the adapter's current values.
+
+    >>> data_owner = DataOwner.open("bundle/")  # doctest: +SKIP
+    >>> update = data_owner.tune("notes.jsonl", TuneConfig(epochs=1))  # doctest: +SKIP
+    """
+
+    def __init__(self, bundle: Bundle, frozen_dtype: FrozenDtype = "auto") -> None:
+        self.bundle = bundle
+        self.model = network_of(bundle, frozen_dtype)
+        self._received = {name: p.detach().clone() for name, p in self._parameters().items()}
+
+    @classmethod
+    def open(cls, bundle: str | Path | Bundle, frozen_dtype: FrozenDtype = "auto") -> DataOwner:
+        """Verify a bundle folder and build its network; ``BundleError`` says what is wrong with a bad one.
+
+        ``frozen_dtype``: of the tensors that aren't trained; "auto" is bf16 where CUDA is found, else fp32.
+        """
+        return cls(bundle if isinstance(bundle, Bundle) else open_bundle(bundle), frozen_dtype)
+
+    @property
+    def plan(self) -> NetworkPlan:
+        """The network as plain data."""
+        return self.bundle.plan
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that came with the bundle."""
+        return self.bundle.tokenizer()
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return adapter_parameters(self.model, self.plan)
+
+    def _adapter_blocks(self) -> dict[int, nn.Module]:
+        blocks = place_blocks(self.model, self.plan)
+        return {slot: blocks[index] for slot, index in self.plan.adapter_places().items()}
+
+    def adapter(self) -> dict[str, torch.Tensor]:
+        """Copies of the adapter's current values by slot name, fp32 on the CPU."""
+        return {name: p.detach().float().cpu().clone() for name, p in self._parameters().items()}
+
+    def reset(self) -> None:
+        """Put the adapter back to the values that came in the bundle."""
+        with torch.no_grad():
+            for name, parameter in self._parameters().items():
+                parameter.copy_(self._received[name])
+
+    def load_adapter(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take adapter values by slot name, all or none; ``UpdateError`` names a tensor that doesn't fit."""
+        parameters = self._parameters()
+        if tensors.keys() != parameters.keys():
+            odd = sorted(tensors.keys() ^ parameters.keys())
+            raise UpdateError(f"adapter values don't match the bundle's adapter: {odd[:3]} are missing or unknown")
+        for name, value in tensors.items():
+            if value.shape != parameters[name].shape or not bool(torch.isfinite(value).all()):
+                raise UpdateError(
+                    f"adapter value {name!r} has shape {tuple(value.shape)} or values that aren't finite; "
+                    f"the bundle's has shape {tuple(parameters[name].shape)}"
+                )
+        with torch.no_grad():
+            for name, value in tensors.items():
+                parameters[name].copy_(value)
+
+    def lora(
+        self, options: LoraOptions, seed: int = 0, factors: Mapping[str, torch.Tensor] | None = None
+    ) -> AdapterLora:
+        """LoRA factors inside the adapter (:mod:`peft`), fresh from ``seed`` or with the given values.
+
+        The result's ``remove()`` takes them out again; adapter values themselves stay frozen meanwhile.
+        """
+        inside = add_lora(self._adapter_blocks(), options, seed)
+        if factors is not None:
+            inside.load(factors)
+        return inside
+
+    def tune(
+        self,
+        source: Source,
+        config: TuneConfig | None = None,
+        *,
+        validation: Source | None = None,
+        start: Mapping[str, torch.Tensor] | None = None,
+    ) -> Update:
+        """Tune the adapter (or LoRA factors inside it) on private data and return the update.
+
+        Args:
+            source: a file (.jsonl, .json, .csv, .parquet, .txt) or a ``datasets.Dataset``.
+            config: how; ``config.lora_rank`` above 0 tunes LoRA factors only and returns those.
+            validation: data to watch for early stopping; else ``config.validation_share`` of ``source`` is set aside.
+            start: values to begin with, as an earlier :class:`Update` carries them; None begins with the adapter as it
+                is now (with fresh factors under LoRA). The proximal term, if any, pulls towards these.
+        """
+        config = config or TuneConfig()
+        train = self._examples(source, config)
+        held_out = self._examples(validation, config) if validation is not None else None
+        if config.lora is not None:
+            inside = self.lora(config.lora, config.seed, start)
+            try:
+                done = tune(self.model, inside.parameters(), train, config, validation=held_out, pad_id=self.pad_id)
+            finally:
+                inside.remove()
+        else:
+            if start is not None:
+                self.load_adapter(start)
+            done = tune(self.model, self._parameters(), train, config, validation=held_out, pad_id=self.pad_id)
+        return Update(done.tensors, self.bundle.digest, done.examples, config.lora, done.metrics)
+
+    def _examples(self, source: Source, config: TuneConfig) -> Dataset:
+        return to_examples(source, self.tokenizer, block_size=config.block_size, loss_on=config.loss_on)
+
+    @property
+    def pad_id(self) -> int:
+        """Token id that fills short rows of a batch (they carry no loss)."""
+        tokenizer = self.tokenizer
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        return int(pad or 0)
+
+    def evaluate(self, source: Source, config: TuneConfig | None = None) -> LossResult:
+        """Loss of the emulator with the adapter as it is now; ``config`` says how to cut ``source`` into batches."""
+        config = config or TuneConfig()
+        batches = make_loader(self._examples(source, config), config.batch_size, pad_id=self.pad_id)
+        return evaluate_loss(self.model, batches)
+
+
+def network_of(bundle: Bundle, frozen_dtype: FrozenDtype = "auto") -> nn.Module:
+    """The network of a bundle: frozen tensors straight from the files, adapter fp32 and private.
+
+    Where ``frozen_dtype`` isn't that of the files, frozen tensors are cast; packed weights and their scales never are.
+    """
+    network = build_network(bundle.plan)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in bundle.tensors().items():
+        # Adapter values are cloned: training writes to them, while the files are mapped into every client.
+        tensors[name] = tensor.to(torch.float32, copy=True) if name.startswith("adapter.") else tensor
+    fill_network(network, bundle.plan, tensors)
+    prepare_dtypes(network, adapter_parameters(network, bundle.plan), TuneConfig(frozen_dtype=frozen_dtype))
+    return network

@@ -1,0 +1,109 @@
+"""Measuring the rows of a result on held-out data: what one party alone can't see, side by side.
+
+A :class:`Measure` belongs to whoever holds the full model *and* a test set: the model owner with public text, or an
+experiment that plays all parties. The emulator network is opened once and given each adapter in turn.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from datasets import Dataset, concatenate_datasets  # type: ignore[import-untyped,unused-ignore]
+
+from offsite_fl.config import LoraOptions, LossOn, TuneConfig
+from offsite_fl.data.examples import to_examples
+from offsite_fl.data.loader import make_loader
+from offsite_fl.data.sources import Source
+from offsite_fl.data_owner import DataOwner
+from offsite_fl.errors import DataError, UpdateError
+from offsite_fl.evaluation.loss import LossResult, evaluate_loss
+from offsite_fl.evaluation.rows import Row
+from offsite_fl.owner import ModelOwner
+from offsite_fl.tuning.tune import tune
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+class Measure:
+    """The five rows of one owner and bundle on one test set.
+
+    Args:
+        owner: holds the full model and the bundle that it handed out.
+        test: held-out data, a file or ``datasets.Dataset``.
+        block_size: tokens of an example.
+        batch_size: examples of a batch; no influence on the numbers beyond rounding.
+        max_tokens: use only the first so many tokens (None: all).
+        loss_on: "all" tokens or the "answer" only, as in tuning.
+    """
+
+    def __init__(
+        self,
+        owner: ModelOwner,
+        test: Source,
+        *,
+        block_size: int = 128,
+        batch_size: int = 8,
+        max_tokens: int | None = None,
+        loss_on: LossOn = "all",
+        progress: bool = False,
+    ) -> None:
+        if owner.bundle is None:
+            raise UpdateError("the owner has no bundle to measure: call make_bundle() or use_bundle() first")
+        self.owner, self.progress = owner, progress
+        self.block_size, self.loss_on = block_size, loss_on
+        examples = to_examples(test, owner.tokenizer, block_size=block_size, loss_on=loss_on)
+        if max_tokens is not None:
+            examples = examples.select(range(min(len(examples), max(1, max_tokens // block_size))))
+        pad = owner.tokenizer.pad_token_id or 0
+        self.batches = list(make_loader(examples, batch_size, pad_id=pad))
+        self._data_owner = DataOwner.open(owner.bundle)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens of held-out data the numbers rest on."""
+        return sum(int(batch["attention_mask"].sum()) for batch in self.batches)
+
+    def _row(self, model: torch.nn.Module) -> Row:
+        result: LossResult = evaluate_loss(model, self.batches, progress=self.progress)
+        return Row(loss=result.loss)
+
+    def full_zero_shot(self) -> Row:
+        """The full model as it is."""
+        return self._row(self.owner.model)
+
+    def emulator_zero_shot(self) -> Row:
+        """The emulator with the adapter as handed out."""
+        self._data_owner.reset()
+        return self._row(self._data_owner.model)
+
+    def emulator_tuned(self, tensors: Tensors, lora: LoraOptions | None = None) -> Row:
+        """The emulator with a tuned adapter: what the data owners have in their hands."""
+        self._data_owner.load_adapter(self.owner.adapter_values(tensors, lora))
+        return self._row(self._data_owner.model)
+
+    def plug_in(self, tensors: Tensors, lora: LoraOptions | None = None) -> Row:
+        """The full model with a tuned adapter; the owner's model is as before afterwards."""
+        with self.owner.plugged_in(tensors, lora) as model:
+            return self._row(model)
+
+    def full_fine_tuning(self, sources: Sequence[Source], config: TuneConfig) -> Row:
+        """A copy of the full model with every parameter tuned on all owners' data pooled: the upper bound."""
+        model = copy.deepcopy(self.owner.model)
+        train = self.pooled(sources)
+        pad = self.owner.tokenizer.pad_token_id or 0
+        tune(model, dict(model.named_parameters()), train, replace(config, lora_rank=0), pad_id=pad)
+        return self._row(model)
+
+    def pooled(self, sources: Sequence[Source]) -> Dataset:
+        """The examples of several owners in one set, each owner's own text packed apart."""
+        if not sources:
+            raise DataError("full fine-tuning needs the data of at least one owner")
+        return concatenate_datasets(
+            [
+                to_examples(source, self.owner.tokenizer, block_size=self.block_size, loss_on=self.loss_on)
+                for source in sources
+            ]
+        )

@@ -1,0 +1,266 @@
+"""The model owner: keeps the full model, hands out a bundle, plugs updates in.
+
+Offsite-Tuning (arXiv 2302.04870). The full model is M = [A, E]: a few trainable blocks A, the *adapter*, and the frozen
+rest E, the *middle*. The owner compresses the middle to an emulator E* and gives away (A, E*). Data owners tune A to A'
+on [A, E*], and the owner plugs A' into the full model: M' = [A', E]. The owner never sees data, they never see E.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset  # type: ignore[import-untyped,unused-ignore]
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from offsite_fl.bundle import Bundle, OwnerMap, fingerprint, open_bundle, write_bundle
+from offsite_fl.config import LoraOptions
+from offsite_fl.data.examples import split_examples, to_examples
+from offsite_fl.data.loader import make_loader
+from offsite_fl.data.sources import Source
+from offsite_fl.data_owner import network_of
+from offsite_fl.emulators import Batch, Context, Emulator, EmulatorMethod, parse_emulator, start
+from offsite_fl.emulators.report import EmulatorReport, emulator_report
+from offsite_fl.errors import SplitError, UpdateError
+from offsite_fl.models.blocks import Blocks, block_list, find_blocks
+from offsite_fl.models.load import load_model
+from offsite_fl.models.network import NetworkPlan, expected_tensors, plan_network, shared_tensors
+from offsite_fl.models.plug import adapter_tensors, plug_in, swapped_in
+from offsite_fl.models.split import Split
+from offsite_fl.tuning.lora import add_lora, merge_lora
+from offsite_fl.update import Update
+
+
+class ModelOwner:
+    """One party with a model: the full model, where it is cut, and the bundle that was handed out.
+
+    >>> owner = ModelOwner.from_pretrained("path/or/hub-id", split=Split(first=2, last=2))  # doctest: +SKIP
+    >>> bundle = owner.make_bundle("layer-drop:keep=8", out="bundle/")  # doctest: +SKIP
+    >>> owner.plug_in(update)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        split: Split | None = None,
+        *,
+        task: str = "causal-lm",
+    ) -> None:
+        self.model, self.tokenizer, self.task = model.eval(), tokenizer, task
+        self.split = split or Split()
+        self.blocks: Blocks = find_blocks(model)
+        self.adapter_indices: tuple[int, ...] = self.split.resolve(self.blocks.depth)
+        self.report: EmulatorReport | None = None
+        self.bundle: Bundle | None = None
+        self._handed_out = self.adapter()
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, split: Split | None = None, *, task: str = "causal-lm") -> ModelOwner:
+        """Load a full model from a folder, a hub id, or ``"smollm2"`` (the one that a Python package ships)."""
+        model, tokenizer = load_model(path, task)
+        return cls(model, tokenizer, split, task=task)
+
+    # What leaves the house -------------------------------------------------------------------------------------
+
+    def make_bundle(
+        self,
+        emulator: EmulatorMethod | str,
+        out: str | Path,
+        *,
+        calibration: Source | None = None,
+        calibration_tokens: int = 8192,
+        block_size: int = 128,
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+        workdir: str | Path | None = None,
+        progress: bool = False,
+    ) -> Bundle:
+        """Compress the middle, write adapter + emulator + shared tensors to ``out``, and the owner's map beside it.
+
+        Args:
+            emulator: a method or its spec, e.g. ``"low-rank:keep=0.5"``.
+            out: folder of the bundle; it appears whole or not at all.
+            calibration: public text (a file or ``datasets.Dataset``) for the methods that look at activations, and for
+                the report; never a data owner's.
+            calibration_tokens: how much of it is used; an eighth is held out for methods that validate.
+            dtype: of emulator and shared tensors in the files; None keeps the model's. Adapter values are never cast.
+            seed: of everything random in the method.
+            workdir: where long methods keep what they need to resume.
+        """
+        method = parse_emulator(emulator) if isinstance(emulator, str) else emulator
+        context = self.context(calibration, calibration_tokens, block_size, seed, workdir, progress)
+        built = method.compress(start(context), context)
+        self.report = emulator_report(built, context)
+        plan = self._plan(built)
+        bundle = write_bundle(out, plan, self._tensors(built, plan, dtype), self.tokenizer)
+        self._map(built, bundle, str(method)).save(bundle.path)
+        self._remember(bundle)
+        return bundle
+
+    def context(
+        self,
+        calibration: Source | None = None,
+        tokens: int = 8192,
+        block_size: int = 128,
+        seed: int = 0,
+        workdir: str | Path | None = None,
+        progress: bool = False,
+    ) -> Context:
+        """What an emulator method may look at: this model, its cut, and public text as batches."""
+        fit, held_out = self._batches(calibration, tokens, block_size, seed)
+        return Context(
+            model=self.model,
+            blocks=self.blocks,
+            adapter=self.adapter_indices,
+            middle=self.split.middle(self.blocks.depth),
+            calibration=fit,
+            validation=held_out,
+            device=str(next(self.model.parameters()).device),
+            seed=seed,
+            workdir=Path(workdir) if workdir is not None else None,
+            progress=progress,
+        )
+
+    def _batches(
+        self, source: Source | None, tokens: int, block_size: int, seed: int
+    ) -> tuple[tuple[Batch, ...], tuple[Batch, ...]]:
+        if source is None:
+            return (), ()
+        examples = to_examples(source, self.tokenizer, block_size=block_size)
+        examples = examples.select(range(min(len(examples), max(2, tokens // block_size))))
+        fit, held_out = split_examples(examples, 1 / 8, seed)
+        return self._loaded(fit), self._loaded(held_out)
+
+    def _loaded(self, examples: Dataset | None) -> tuple[Batch, ...]:
+        return tuple(make_loader(examples, 8, pad_id=self.tokenizer.pad_token_id or 0)) if examples is not None else ()
+
+    def _plan(self, emulator: Emulator) -> NetworkPlan:
+        modules = [block.module for block in emulator.blocks]
+        origins = [block.origin for block in emulator.blocks]
+        return plan_network(
+            self.model, self.blocks, self.adapter_indices, emulator.layout, modules, origins, task=self.task
+        )
+
+    def _tensors(
+        self, emulator: Emulator, plan: NetworkPlan, dtype: torch.dtype | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Everything that leaves, under slot names: adapter blocks, emulator blocks, tensors outside the blocks."""
+        tensors = shared_tensors(self.model, self.blocks)
+        for prefix, module in self._parts(emulator):
+            tensors |= {prefix + name: tensor for name, tensor in module.state_dict().items()}
+        if dtype is None:
+            return tensors
+        # The adapter keeps its values to the bit, packed weights and their scales their meaning.
+        free = {n for n, spec in expected_tensors(plan).items() if spec.dtype is None and not n.startswith("adapter.")}
+        return {name: tensor.to(dtype) if name in free else tensor for name, tensor in tensors.items()}
+
+    def _parts(self, emulator: Emulator) -> list[tuple[str, nn.Module]]:
+        stack = block_list(self.model, self.blocks)
+        adapter = [(f"adapter.{slot}.", stack[index]) for slot, index in enumerate(self.adapter_indices)]
+        return adapter + [(f"emulator.{slot}.", block.module) for slot, block in enumerate(emulator.blocks)]
+
+    def _map(self, emulator: Emulator, bundle: Bundle, spec: str) -> OwnerMap:
+        """The owner's private note: which tensor of the bundle came from where in the full model."""
+        sources = [*self.adapter_indices, *(block.origin for block in emulator.blocks)]
+        slots = {
+            prefix + name: f"{self.blocks.path}.{index}.{name}"
+            for (prefix, module), index in zip(self._parts(emulator), sources, strict=True)
+            for name in module.state_dict()
+        }
+        return OwnerMap(
+            digest=bundle.digest,
+            blocks_path=self.blocks.path,
+            adapter=self.adapter_indices,
+            slots=slots,
+            split=str(self.split),
+            emulator=spec,
+            fingerprint=fingerprint(self.model.state_dict()),
+            report=asdict(self.report) if self.report else {},
+        )
+
+    def use_bundle(self, path: str | Path | Bundle) -> Bundle:
+        """Take up a bundle that this owner made earlier; its map must fit this model and split."""
+        bundle = path if isinstance(path, Bundle) else open_bundle(path)
+        note = OwnerMap.load(bundle.path)
+        note.check(digest=bundle.digest, model=self.model.state_dict())
+        if note.adapter != self.adapter_indices:
+            raise SplitError(f"the bundle was made with split {note.split}, this owner has {self.split}")
+        self._remember(bundle)
+        return bundle
+
+    def _remember(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self._handed_out = {n: t.float() for n, t in bundle.tensors().items() if n.startswith("adapter.")}
+
+    def emulated(self, bundle: Bundle | None = None) -> nn.Module:
+        """The network that the data owners run, adapter + emulator, with the signature of the full model."""
+        bundle = bundle or self.bundle
+        if bundle is None:
+            raise UpdateError("there is no bundle yet: call make_bundle() or use_bundle() first")
+        return network_of(bundle, "float32")
+
+    # What comes back -------------------------------------------------------------------------------------------
+
+    def adapter(self) -> dict[str, torch.Tensor]:
+        """Copies of the adapter's values in the full model by slot name, fp32 on the CPU."""
+        live = adapter_tensors(self.model, self.blocks, self.adapter_indices)
+        return {name: p.detach().float().cpu().clone() for name, p in live.items()}
+
+    def initial_state(self, lora: LoraOptions | None = None, seed: int = 0) -> dict[str, torch.Tensor]:
+        """What a federation starts from: the handed-out adapter, or fresh LoRA factors (B zero, so nothing changes)."""
+        if lora is None:
+            return dict(self._handed_out)
+        inside = add_lora(self._adapter_copies(), lora, seed)
+        return {name: p.detach().float().cpu().clone() for name, p in inside.parameters().items()}
+
+    def adapter_values(
+        self, tensors: Mapping[str, torch.Tensor], lora: LoraOptions | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Full adapter values for an update: its tensors, or the handed-out adapter with the factors merged."""
+        if lora is None:
+            return dict(tensors)
+        return merge_lora(self._adapter_copies(), tensors, lora)
+
+    def _adapter_copies(self) -> dict[int, nn.Module]:
+        """fp32 copies of the adapter's blocks with the values that were handed out."""
+        stack = block_list(self.model, self.blocks)
+        copies = {slot: copy.deepcopy(stack[index]).float().cpu() for slot, index in enumerate(self.adapter_indices)}
+        with torch.no_grad():
+            for slot, block in copies.items():
+                for name, parameter in block.named_parameters():
+                    parameter.copy_(self._handed_out[f"adapter.{slot}.{name}"])
+        return copies
+
+    def plug_in(self, update: Update) -> None:
+        """Write an update into the full model: exactly the adapter's tensors change, or nothing and ``UpdateError``.
+
+        The update must have been made for the bundle that this owner handed out last. Plugging a second update in
+        replaces the first: both mean values (or factors on the handed-out adapter), not differences to what is there.
+        """
+        if self.bundle is not None and update.digest != self.bundle.digest:
+            raise UpdateError(
+                f"the update was made for bundle {update.digest[:12]}, this owner handed out {self.bundle.digest[:12]}"
+            )
+        values = self.adapter_values(update.tensors, update.lora)
+        plug_in(self.model, self.blocks, self.adapter_indices, values)
+
+    @contextmanager
+    def plugged_in(self, tensors: Mapping[str, torch.Tensor], lora: LoraOptions | None = None) -> Iterator[nn.Module]:
+        """The full model with ``tensors`` plugged in for the length of a ``with`` block; then as before to the bit."""
+        with swapped_in(self.model, self.blocks, self.adapter_indices, self.adapter_values(tensors, lora)):
+            yield self.model
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the full model as it is now, with its tokenizer, as an ordinary Hugging Face folder."""
+        folder = Path(folder)
+        model: Any = self.model
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        return folder

@@ -1,0 +1,76 @@
+"""``make demo``: the main job from end to end on this machine, with the model that a package ships.
+
+Runs the quickstart app on a SuperLink of its own with four simulated data owners, and ends with the five rows and
+``runs/demo/report.html``. Nothing is left running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from offsite_fl.bundle import cache_root
+from offsite_fl.errors import OffsiteError
+from offsite_fl.evaluation.record import RunReport
+from simulations.local_flower import local_flower
+from simulations.texts import OWNERS, fetch, write_owner_files
+
+APP = Path(__file__).parent / "quickstart"
+console = Console()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run it; 0 if the report was written, 1 with the reason in red if not."""
+    parser = argparse.ArgumentParser(prog="python -m simulations.demo", description=__doc__)
+    parser.add_argument("--model", default="smollm2", help="smollm2 (135 M parameters), pico (made here), or a folder")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the report; emptied first")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the app's run config")
+    options = parser.parse_args(arguments)
+    started = time.perf_counter()
+    try:
+        demo(options.model, options.out.absolute(), dict(pair.split("=", 1) for pair in options.set))
+    except OffsiteError as error:
+        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        return 1
+    console.print(f"done in {time.perf_counter() - started:.0f} s: {options.out / 'report.html'}", soft_wrap=True)
+    return 0
+
+
+def demo(model: str, out: Path, overrides: dict[str, str]) -> RunReport:
+    """Prepare data and model, run the app, read the report back."""
+    if out.exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    fetch()
+    data = cache_root() / "quickstart"
+    if not (data / "public.txt").is_file():
+        write_owner_files(data)
+    if model == "pico":
+        from simulations.pico import pico_folder  # imports torch, which the other models' demo needn't do here
+
+        pico_folder(progress=True)
+    settings: dict[str, object] = {"model": model, "run.folder": str(out), "data.folder": str(data)}
+    with local_flower(out / "flower", supernodes=len(OWNERS)) as flower:
+        code = flower.run(APP, settings | {key: _typed(value) for key, value in overrides.items()})
+    if code or not (out / "report.json").is_file():
+        raise OffsiteError(f"the run ended without a report (exit code {code}); see {out / 'flower' / 'superlink.log'}")
+    return RunReport.read(out)
+
+
+def _typed(text: str) -> object:
+    """A value from the command line as TOML would read it: number, truth value, else text."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(text, text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

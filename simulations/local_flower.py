@@ -1,0 +1,118 @@
+"""A Flower SuperLink in simulation mode that lives as long as a ``with`` block, and runs of apps on it.
+
+Plain ``flwr run`` leaves a detached SuperLink behind for the next run. Scripts and tests use their own instead: own
+``FLWR_HOME``, own port, stopped with all its children when the block ends.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from offsite_fl.errors import OffsiteError
+
+BIN = Path(sys.executable).parent
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    # The apps' dependencies are installed already; by default each run would resolve them anew.
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class LocalFlower:
+    """A running SuperLink: its environment, and the name of the connection to it."""
+
+    environment: Mapping[str, str]
+    connection: str
+
+    def run(self, app: Path, overrides: Mapping[str, object], stdout: int | None = None) -> int:
+        """``flwr run`` of the app folder, streamed to the terminal; returns the exit code."""
+        pairs = [f"{key}={_toml(value)}" for key, value in overrides.items()]
+        command = [str(BIN / "flwr"), "run", str(app), self.connection, "--stream"]
+        command += ["--run-config", " ".join(pairs)] if pairs else []
+        return subprocess.run(command, env=dict(self.environment), stdout=stdout, check=False).returncode
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, (str, Path)) else str(value)
+
+
+@contextmanager
+def local_flower(
+    home: Path, supernodes: int, *, cpus_per_client: int = 1, gpus_per_client: float = 0.0
+) -> Iterator[LocalFlower]:
+    """Start a SuperLink with ``supernodes`` simulated nodes; logs go to ``home``/superlink.log."""
+    home.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    (home / "config.toml").write_text(
+        '[superlink]\ndefault = "here"\n[superlink.here]\n'
+        f'address = "127.0.0.1:{port}"\ninsecure = true\n'
+        f"options.num-supernodes = {supernodes}\n"
+        f"options.backend.client-resources.num-cpus = {cpus_per_client}\n"
+        f"options.backend.client-resources.num-gpus = {gpus_per_client}\n"
+    )
+    paths = f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"
+    environment = {**os.environ, **QUIET, "PATH": paths, "FLWR_HOME": str(home.absolute())}
+    command = [str(BIN / "flower-superlink"), "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
+    with (home / "superlink.log").open("ab") as log:
+        # A session of its own, so that one signal reaches the workers that it starts.
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        _wait(f"http://127.0.0.1:{port}/health", process, home / "superlink.log")
+        yield LocalFlower(environment, "here")
+    finally:
+        stop_group(process)
+
+
+def _wait(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise OffsiteError(f"flower-superlink ended with code {process.returncode}; see {log}")
+        try:
+            with urllib.request.urlopen(url, timeout=2) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.3)
+    raise OffsiteError(f"flower-superlink didn't answer within {seconds:.0f} s; see {log}")
+
+
+def stop_group(process: subprocess.Popen[bytes], patience: float = 10.0) -> None:
+    """End a process that leads its own session, and everything in it, by group id."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait(patience)

@@ -1,0 +1,176 @@
+"""The model owner: makes the bundle, runs the federation around it, and reports the five rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from rich.console import Console
+
+from offsite_fl.config import TuneConfig
+from offsite_fl.evaluation.record import RunReport, versions
+from offsite_fl.evaluation.rows import FiveRows, Row
+from offsite_fl.evaluation.tables import print_report
+from offsite_fl.measure import Measure
+from offsite_fl.models.split import Split
+from offsite_fl.owner import ModelOwner
+from offsite_fl.strategies import OffsiteTuning, central_evaluation
+from offsite_fl.strategies.named import make_strategy
+from quickstart.settings import Settings
+
+app = ServerApp()
+console = Console()
+
+
+class Clock:
+    """Seconds by stage, said aloud as each begins."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Time what happens inside the ``with`` block."""
+        console.print(f"[bold]{stage}[/] ...")
+        started = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - started, 2)
+        console.print(f"[bold]{stage}[/] took {self.seconds[stage]:.1f} s")
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """One run of the federation, from the full model to the report."""
+    settings, clock = Settings.of(context.run_config), Clock()
+    folder = Path(settings.run.folder).absolute()
+    torch.manual_seed(settings.main.seed)
+    with clock("opening the model"):
+        owner = ModelOwner.from_pretrained(settings.main.model, Split.parse(settings.main.split))
+    with clock("making the bundle"):
+        bundle_of(owner, settings, folder)
+    measure = Measure(
+        owner, settings.data.file("test"), block_size=settings.tune.block_size, max_tokens=settings.test.tokens
+    )
+    strategy = OffsiteTuning(
+        make_strategy(settings.main.strategy),
+        owner,
+        codec=settings.main.codec,
+        tune=settings.tune,
+        min_results=settings.main.min_results,
+        max_update_norm=settings.main.max_update_norm or None,
+        run_dir=folder,
+        resume=settings.run.resume,
+    )
+    with clock("federated tuning"):
+        strategy.start(
+            grid,
+            num_rounds=settings.main.num_server_rounds,
+            evaluate_fn=central_evaluation(measure, settings.tune.lora, every=settings.test.every),
+        )
+    with clock("full fine-tuning, the upper bound"):
+        full_fine_tuning = upper_bound(measure, settings) if settings.baseline.run else None
+    update = strategy.update()
+    rows = five_rows(strategy, measure, full_fine_tuning)
+    owner.plug_in(update)
+    update.save(folder / "update.safetensors")
+    if settings.run.save_model:
+        owner.save(folder / "adapted")
+    report = record(rows, strategy, measure, settings, clock, dict(context.run_config))
+    report.write(folder)
+    print_report(report, console)
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+
+
+def five_rows(strategy: OffsiteTuning, measure: Measure, full_fine_tuning: Row | None) -> FiveRows:
+    """The rows, from what was measured in round 0 and after the last round where that was done."""
+    before, after, update = strategy.history[0], strategy.history[-1], strategy.update()
+    return FiveRows(
+        # In round 0 nothing is tuned yet: the plug-in is the full model, and the emulator as it was handed out.
+        before.plug_in or measure.full_zero_shot(),
+        before.emulator or measure.emulator_zero_shot(),
+        after.emulator or measure.emulator_tuned(update.tensors, update.lora),
+        after.plug_in or measure.plug_in(update.tensors, update.lora),
+        full_fine_tuning,
+    )
+
+
+def bundle_of(owner: ModelOwner, settings: Settings, folder: Path) -> None:
+    """Make the bundle, or take up the one that a run to be resumed has made."""
+    if settings.run.resume and (folder / "bundle").is_dir():
+        owner.use_bundle(folder / "bundle")
+        return
+    owner.make_bundle(
+        settings.main.emulator,
+        folder / "bundle",
+        calibration=settings.data.file("public", ".txt"),
+        calibration_tokens=settings.main.calibration_tokens,
+        block_size=settings.tune.block_size,
+        dtype=getattr(torch, settings.main.bundle_dtype) if settings.main.bundle_dtype else None,
+        seed=settings.main.seed,
+        workdir=folder / "work",
+        progress=True,
+    )
+
+
+def upper_bound(measure: Measure, settings: Settings) -> Row:
+    """Full fine-tuning on pooled data with the federation's optimiser steps and tokens.
+
+    A round of n owners with s steps of b examples each has s sequential steps over n * b examples; so does this.
+    """
+    owners = settings.data.owners
+    steps = settings.main.num_server_rounds * (settings.tune.max_steps or 1)
+    config = TuneConfig(
+        max_steps=steps,
+        lr=settings.baseline.lr,
+        batch_size=settings.tune.batch_size,
+        gradient_accumulation=len(owners),
+        schedule="cosine",
+        schedule_steps=steps,
+        block_size=settings.tune.block_size,
+        loss_on=settings.tune.loss_on,
+        seed=settings.main.seed,
+    )
+    return measure.full_fine_tuning([settings.data.file(owner) for owner in owners], config)
+
+
+def record(
+    rows: FiveRows, strategy: OffsiteTuning, measure: Measure, settings: Settings, clock: Clock, config: dict[str, Any]
+) -> RunReport:
+    """Everything worth keeping of the run."""
+    owner, bundle = strategy.owner, strategy.bundle
+    report = asdict(owner.report) if owner.report else {}
+    return RunReport(
+        rows=rows,
+        ledger=strategy.ledger,
+        rounds=strategy.history,
+        config=config,
+        versions=versions(),
+        seeds={"run": settings.main.seed},
+        seconds=clock.seconds,
+        emulator={"spec": settings.main.emulator, **report, "bundle_bytes": bundle.bytes_by_kind()},
+        data={
+            "held-out test": {"tokens": measure.tokens},
+            "calibration (public)": {"tokens": settings.main.calibration_tokens},
+            **{owner: {"tokens tuned on": tokens} for owner, tokens in tokens_by_client(strategy).items()},
+        },
+        notes=[
+            "Perplexities are on held-out works of the data owners' genres, never tuned on. One seed.",
+            "Full fine-tuning had the federation's number of sequential optimiser steps and of tokens, on pooled data.",
+        ],
+    )
+
+
+def tokens_by_client(strategy: OffsiteTuning) -> dict[str, int]:
+    """How many tokens each data owner's tuning went through in all rounds."""
+    sums: dict[str, float] = {}
+    for entry in strategy.history:
+        for name, metrics in entry.clients.items():
+            sums[name] = sums.get(name, 0) + metrics.get("tokens", 0)
+    return {name: int(total) for name, total in sums.items()}

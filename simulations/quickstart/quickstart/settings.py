@@ -1,0 +1,105 @@
+"""The run config as dataclasses: unknown keys and wrong types are refused before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from offsite_fl.bundle import cache_root
+from offsite_fl.config import TuneConfig, from_mapping
+from offsite_fl.errors import DataError
+
+GROUPS = ("tune.", "data.", "test.", "baseline.", "run.")
+
+
+@dataclass(frozen=True)
+class Main:
+    """The keys without a dot."""
+
+    model: str
+    split: str
+    emulator: str
+    bundle_dtype: str
+    calibration_tokens: int
+    strategy: str
+    num_server_rounds: int
+    min_results: int
+    max_update_norm: float
+    codec: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class DataPart:
+    """Whose files, and where."""
+
+    folder: str
+    owners: tuple[str, ...]
+
+    @classmethod
+    def of(cls, run_config: Mapping[str, Any]) -> DataPart:
+        """From a run config."""
+        return from_mapping(cls, run_config, "data.")
+
+    def file(self, stem: str, suffix: str = ".jsonl") -> Path:
+        """Path of one file; ``DataError`` if it isn't there."""
+        folder = Path(self.folder) if self.folder else cache_root() / "quickstart"
+        path = folder / f"{stem}{suffix}"
+        if not path.is_file():
+            raise DataError(f"{path} is missing: run `make texts`, or set data.folder to a folder with your own files")
+        return path
+
+
+@dataclass(frozen=True)
+class TestPart:
+    """How much held-out text, and every how many rounds."""
+
+    tokens: int
+    every: int
+
+
+@dataclass(frozen=True)
+class BaselinePart:
+    """The fifth row."""
+
+    run: bool
+    lr: float
+
+
+@dataclass(frozen=True)
+class RunPart:
+    """Where results go."""
+
+    folder: str
+    resume: bool
+    save_model: bool
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All of it."""
+
+    main: Main
+    tune: TuneConfig
+    data: DataPart
+    test: TestPart
+    baseline: BaselinePart
+    run: RunPart
+
+    @classmethod
+    def of(cls, run_config: Mapping[str, Any]) -> Settings:
+        """From a run config; ``ConfigError`` names the key that is wrong."""
+        main = {key: value for key, value in run_config.items() if not key.startswith(GROUPS)}
+        tune = {key: value for key, value in run_config.items() if key.startswith("tune.")} | {
+            "tune.seed": main["seed"]
+        }
+        return cls(
+            from_mapping(Main, main),
+            from_mapping(TuneConfig, tune, "tune."),
+            DataPart.of(run_config),
+            from_mapping(TestPart, run_config, "test."),
+            from_mapping(BaselinePart, run_config, "baseline."),
+            from_mapping(RunPart, run_config, "run."),
+        )
