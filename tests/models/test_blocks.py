@@ -84,7 +84,7 @@ def test_under_wrappers(family: str, pico: Pico) -> None:
     # FedBiOT's and FS-OT's block search misses a PEFT model and dies (peers.md, fault 3)
     path, cls = EXPECTED[family]
     assert find_blocks(Wrapper(Wrapper(pico(family)))) == Blocks(f"module.module.{path}", 6, cls)
-    wrapped = get_peft_model(pico(family), LoraConfig(r=2, target_modules="all-linear"))
+    wrapped = get_peft_model(pico(family), LoraConfig(r=2, target_modules=r".*\.0\..*(q_proj|c_attn|query_key_value)"))
     assert find_blocks(wrapped) == Blocks(f"base_model.model.{path}", 6, cls)
 
 
