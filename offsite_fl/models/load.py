@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from offsite_fl.errors import ModelError
 from offsite_fl.models import smollm2
@@ -49,6 +49,12 @@ def load_model(
     model = _open(TASKS[task], source, f"model {path_or_id}", dtype=dtype, use_safetensors=True)
     tokenizer = _open(AutoTokenizer, source, f"the tokenizer of {path_or_id}")
     return model.eval(), tokenizer
+
+
+def stored_dtype(path_or_id: str | os.PathLike[str]) -> torch.dtype:
+    """The dtype that a model's files say they hold, fp32 where they don't say; errors as in :func:`load_model`."""
+    dtype = _open(AutoConfig, _source(path_or_id), f"the config of {path_or_id}").dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def _source(path_or_id: str | os.PathLike[str]) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from offsite_fl.errors import ModelError
-from offsite_fl.models.load import load_model
+from offsite_fl.models.load import load_model, stored_dtype
 
 
 @pytest.fixture
@@ -35,6 +35,17 @@ def test_a_folder(folder: Path, pico_llama: nn.Module, pico_batch: dict[str, tor
 def test_dtype(folder: Path) -> None:
     model, _ = load_model(folder, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stored_dtype(tmp_path: Path, pico_llama: nn.Module, dtype: torch.dtype) -> None:
+    pico_llama.to(dtype).save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    assert stored_dtype(tmp_path / "model") == dtype
+    config = tmp_path / "model" / "config.json"
+    told = json.loads(config.read_text())
+    assert told.pop("dtype")
+    config.write_text(json.dumps(told))
+    assert stored_dtype(tmp_path / "model") == torch.float32
 
 
 @pytest.mark.parametrize("name", ["./missing", "/no/such/folder", "a/b/c", "../up", "trailing/"])
