@@ -80,7 +80,7 @@ def write_bundle(
         raise BundleError(f"shard_bytes must be at least 1, got {bound}")
     if dtype is not None and dtype not in FLOATS:
         raise BundleError(f"dtype {dtype} isn't possible for a bundle; choose float32, float16 or bfloat16")
-    _check_target(out)
+    check_target(out)
     wanted = _entries(plan, tensors, dtype)
     out.parent.mkdir(parents=True, exist_ok=True)
     stage = _beside(out, "writing")
@@ -101,7 +101,8 @@ def write_bundle(
     return replace(bundle, path=out)
 
 
-def _check_target(out: Path) -> None:
+def check_target(out: Path) -> None:
+    """``BundleError`` unless a bundle can be written to ``out``: not there, empty, or a bundle to replace."""
     if not out.exists() and not out.is_symlink():
         return
     if out.is_symlink() or not out.is_dir():
