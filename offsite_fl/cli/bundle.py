@@ -1,0 +1,78 @@
+"""``offsite-fl bundle``: the model owner makes what the data owners get."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from offsite_fl.cli.contents import contents, print_contents
+from offsite_fl.cli.output import AsJson, Stages, emit, line, result
+from offsite_fl.cli.settings import DTYPES, dtype_of, split_of
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="The full model: a folder, a hub id, or smollm2.")]
+
+
+def bundle(
+    model: Model,
+    emulator: Annotated[
+        str,
+        typer.Option(
+            metavar="SPEC",
+            help="How the middle is compressed: name:key=value,..., chained with +. `offsite-fl emulators` lists them.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the bundle; it appears whole or not at all.")],
+    first: Annotated[int | None, typer.Option(help="How many of the first blocks are adapter (2).")] = None,
+    last: Annotated[int | None, typer.Option(help="How many of the last blocks are adapter (2).")] = None,
+    at: Annotated[str | None, typer.Option(metavar="0,5,...", help="Or exactly these blocks, from 0.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Public text for methods that look at activations.")
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="How much of it is used.")] = 8192,
+    block_size: Annotated[int, typer.Option(min=2, help="Tokens in an example of it.")] = 128,
+    dtype: Annotated[
+        str | None, typer.Option(help=f"Of emulator and shared tensors in the files: {', '.join(DTYPES)}.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random in the method.")] = 0,
+    workdir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where long methods keep what they need to resume.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compress the model's middle and write a bundle: adapter, emulator, shared tensors, tokenizer.
+
+    The owner-private map (which tensor came from where) is written beside it, as DIR.owner.json, and stays here.
+    """
+    split, stages = split_of(first, last, at), Stages()
+    with stages("getting ready"):
+        from offsite_fl.bundle import OwnerMap
+        from offsite_fl.bundle.write import check_target
+        from offsite_fl.emulators import parse_emulator
+        from offsite_fl.owner import ModelOwner
+
+        # Before the long work, which would be lost.
+        method, kept = parse_emulator(emulator), dtype_of(dtype)
+        check_target(out)
+    with stages(f"opening {model}"):
+        owner = ModelOwner.from_pretrained(model, split)
+    with stages(f"compressing the middle: {method}"):
+        made = owner.make_bundle(
+            method,
+            out,
+            calibration=calibration,
+            calibration_tokens=calibration_tokens,
+            block_size=block_size,
+            dtype=kept,
+            seed=seed,
+            workdir=workdir,
+            progress=True,
+        )
+    note = OwnerMap.load(made.path)
+    found = contents(made, note) | {"seconds": stages.seconds}
+    if as_json:
+        emit(found)
+        return
+    print_contents(found, result())
+    result().print(line(f"the map, for the model owner only: {note.path_for(made.path)}"), soft_wrap=True)

@@ -1,0 +1,166 @@
+"""What a bundle holds, as plain data for ``--json`` and as tables: what leaves the model owner's house."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from offsite_fl.cli.output import line
+
+if TYPE_CHECKING:
+    from offsite_fl.bundle import Bundle, OwnerMap
+    from offsite_fl.models.network import NetworkPlan
+
+
+def contents(bundle: Bundle, note: OwnerMap | None) -> dict[str, Any]:
+    """Everything worth telling about ``bundle``; with the owner's map also its share of the full model."""
+    full = note.report.get("full_bytes") if note else None
+    kinds = {}
+    for kind, size in bundle.bytes_by_kind().items():
+        shards = [shard for shard in bundle.manifest.shards if shard.kind == kind]
+        entries = [entry for shard in shards for entry in shard.tensors.values()]
+        kinds[kind] = {
+            "bytes": size,
+            "tensors": len(entries),
+            "dtypes": sorted({entry.dtype for entry in entries}),
+            "share_of_full_model": size / full if full else None,
+        }
+    return {
+        "bundle": str(bundle.path),
+        "digest": bundle.digest,
+        "format_version": bundle.manifest.format_version,
+        "library_version": bundle.manifest.library_version,
+        "model_type": bundle.plan.config["model_type"],
+        "bytes": bundle.total_bytes,
+        "share_of_full_model": bundle.total_bytes / full if full else None,
+        "kinds": kinds,
+        "places": [[place.role, place.slot] for place in bundle.plan.layout],
+        "emulator": emulator_blocks(bundle.plan),
+        "owner": _owner(note, bundle) if note else None,
+    }
+
+
+def _owner(note: OwnerMap, bundle: Bundle) -> dict[str, Any]:
+    report = dict(note.report)
+    return {
+        "map": str(note.path_for(bundle.path)),
+        "split": note.split,
+        "emulator": note.emulator,
+        "blocks": note.blocks_path,
+        "adapter": list(note.adapter),
+        "report": report,
+    }
+
+
+def emulator_blocks(plan: NetworkPlan) -> list[dict[str, Any]]:
+    """Each block of the emulator: where in the network it runs, and how many of its linears are of which kind."""
+    found = []
+    for slot, linears in enumerate(plan.linears):
+        places = [i for i, place in enumerate(plan.layout) if place.role == "emulator" and place.slot == slot]
+        counts = Counter(_kind(entry) for entry in linears.values())
+        ranks = [entry["rank"] for entry in linears.values() if entry["kind"] == "low-rank"]
+        entry = {"slot": slot, "places": places, "linears": dict(counts)}
+        found.append(entry | ({"ranks": [min(ranks), max(ranks)]} if ranks else {}))
+    return found
+
+
+def _kind(entry: Mapping[str, Any]) -> str:
+    return f"int{entry['bits']}, groups of {entry['group']}" if entry["kind"] == "quantized" else str(entry["kind"])
+
+
+def print_contents(found: Mapping[str, Any], console: Console) -> None:
+    """Print what :func:`contents` found: sizes by kind, the network's structure, and what only the owner knows."""
+    console.print(line(f"bundle {found['bundle']}: verified"), soft_wrap=True)
+    console.print(line(f"digest {found['digest']}"), soft_wrap=True)
+    console.print(_kinds_table(found))
+    console.print(_structure_table(found))
+    if found["owner"]:
+        console.print(_owner_table(found["owner"]))
+
+
+def _kinds_table(found: Mapping[str, Any]) -> Table:
+    from offsite_fl.evaluation.ledger import human_bytes
+
+    known = found["share_of_full_model"] is not None
+    table = Table(title="What leaves", title_justify="left", show_footer=True)
+    table.add_column("kind", footer="all")
+    table.add_column("bytes", footer=human_bytes(found["bytes"]), justify="right")
+    table.add_column("tensors", footer=str(sum(k["tensors"] for k in found["kinds"].values())), justify="right")
+    table.add_column("dtypes")
+    if known:
+        table.add_column("of the full model", footer=_percent(found["share_of_full_model"]), justify="right")
+    for kind, entry in found["kinds"].items():
+        tensors = str(entry["tensors"] or "")
+        cells = [kind, human_bytes(entry["bytes"]), tensors, " ".join(entry["dtypes"])]
+        table.add_row(*cells, *([_percent(entry["share_of_full_model"])] if known else []))
+    return table
+
+
+def _structure_table(found: Mapping[str, Any]) -> Table:
+    """The network in forward order, neighbours of one structure in one row."""
+    table = Table(title=f"The network ({found['model_type']})", title_justify="left")
+    table.add_column("places", justify="right")
+    for name in ("part", "linears"):
+        table.add_column(name)
+    rows: list[tuple[int, str, str]] = []
+    for place, (role, slot) in enumerate(found["places"]):
+        said = _structure(found["emulator"][slot]) if role == "emulator" else "dense, trained"
+        if rows and rows[-1][1:] == (role, said):
+            continue
+        rows.append((place, role, said))
+    ends = [first for first, _, _ in rows[1:]] + [len(found["places"])]
+    for (first, role, said), end in zip(rows, ends, strict=True):
+        table.add_row(f"{first}" if end == first + 1 else f"{first}-{end - 1}", role, said)
+    return table
+
+
+def _structure(block: Mapping[str, Any]) -> str:
+    parts = []
+    for kind, count in block["linears"].items():
+        ranks = block.get("ranks") if kind == "low-rank" else None
+        span = "" if ranks is None else f" of rank {ranks[0]}" + (f" to {ranks[1]}" if ranks[1] > ranks[0] else "")
+        parts.append(f"{count} {kind}{span}")
+    shared = f", one block run at {len(block['places'])} places" if len(block["places"]) > 1 else ""
+    return ("; ".join(parts) or "dense") + shared
+
+
+def _owner_table(owner: Mapping[str, Any]) -> Table:
+    """What the owner's map adds; it stays with the owner."""
+    table = Table(title="Known to the model owner only", title_justify="left", show_header=False)
+    table.add_column("")
+    table.add_column("")
+    table.add_row("emulator", line(owner["emulator"]))
+    table.add_row("adapter blocks", ", ".join(map(str, owner["adapter"])) + f" (split {owner['split']})")
+    for name, said in _report_rows(owner["report"]):
+        table.add_row(name, said)
+    return table
+
+
+def _report_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The emulator report in words; a number that wasn't measured has no row, save where that needs saying."""
+    from offsite_fl.evaluation.ledger import human_bytes
+    from offsite_fl.evaluation.rows import significant
+
+    if not report:
+        return []
+    size, middle = report["bytes"], report["middle_bytes"]
+    rows = [
+        ("emulator in memory", f"{human_bytes(size)}, {_percent(size / middle)} of the middle's {human_bytes(middle)}"),
+        ("forward FLOPs", f"{_percent(report['flops_share'])} of the middle's"),
+        ("leaves verbatim", f"{_percent(report['verbatim_share'])} of the full model's parameters"),
+    ]
+    if report["hidden_error"] is None or report["perplexity"] is None:
+        return [*rows, ("quality", "not measured: no calibration text was given")]
+    return [
+        *rows,
+        ("hidden-state error", significant(report["hidden_error"])),
+        ("perplexity, calibration", significant(report["perplexity"])),
+    ]
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
