@@ -64,6 +64,7 @@ def prepare(messages: list[Message], form: Form, server_round: int, without: Con
     """
     outgoing = Outgoing()
     encoded: dict[int, tuple[ArrayRecord, ConfigRecord]] = {}
+    tuning: dict[int, dict[str, Any]] = {}
     for message in messages:
         node = message.metadata.dst_node_id
         if node in without:
@@ -71,8 +72,10 @@ def prepare(messages: list[Message], form: Form, server_round: int, without: Con
         arrays, config = only_arrays(message.content)[1], only_config(message.content)[1]
         if id(arrays) not in encoded:
             encoded[id(arrays)] = encode(form.plain(arrays), form.reference, form.codec)
+        if id(config) not in tuning:
+            tuning[id(config)] = form.settings(config, server_round)
         wired, notes = encoded[id(arrays)]
-        settings = ConfigRecord({**config, **form.settings(config, server_round), **notes, names.DIGEST: form.digest})
+        settings = ConfigRecord({**config, **tuning[id(config)], **notes, names.DIGEST: form.digest})
         content = RecordDict({names.ARRAYS: wired, names.CONFIG: settings})
         outgoing.messages.append(Message(content, node, message.metadata.message_type, group_id=str(server_round)))
     for wired, notes in encoded.values():
