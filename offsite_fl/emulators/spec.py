@@ -80,8 +80,9 @@ def _parse_one(part: str, spec: str) -> EmulatorMethod:
         if prefix + key in values:
             raise ConfigError(f"{key!r} is given twice in {part!r}")
         values[prefix + key] = value.strip().replace("/", ",") if key in lists else value.strip()
+    keys = {prefix + option.key for option in _options(cls)}
     missing = [o.key for o in _options(cls) if o.default is None and prefix + o.key not in values]
-    if missing:
+    if missing and values.keys() <= keys:  # else a misspelt key is the likelier cause, which from_mapping names
         raise ConfigError(f"emulator {name!r} needs {', '.join(missing)}; for example {name}:{missing[0]}=...")
     return from_mapping(cls, values, prefix)
 
