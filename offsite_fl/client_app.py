@@ -250,11 +250,14 @@ class _Networks:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self._open: dict[tuple[str, str, str], DataOwner] = {}
+        self._open: dict[tuple[str, str], DataOwner] = {}
 
     def open(self, cache: Cache, digest: str, frozen_dtype: FrozenDtype) -> DataOwner:
-        """The data owner of a bundle in ``cache``; ``BundleMissing`` if it isn't there."""
-        key = (str(cache.root), digest, frozen_dtype)
+        """The data owner of a bundle in ``cache``; ``BundleMissing`` if it isn't there.
+
+        A digest is the same bundle in every cache, so virtual clients with caches of their own share it too.
+        """
+        key = (digest, frozen_dtype)
         if key not in self._open:
             bundle = cache.find(digest)
             if bundle is None:
