@@ -1,12 +1,12 @@
 # What people run. `make` alone lists it.
 .DEFAULT_GOAL := help
-.PHONY: help venv texts demo test test-all lint format clean
+.PHONY: help venv texts pico demo test test-all lint format clean
 
 # The first Python on the path that is new enough.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
 BIN := .venv/bin
-# The data owners' model of the demo: smollm2 (135 M parameters) or pico (about 3 M, made here).
+# The model of the demo: smollm2 (135 M parameters) or pico (about 3 M, made here).
 MODEL ?= smollm2
 # Two workers with one thread each: tests run many tiny models, which threads only slow down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -37,6 +37,9 @@ venv: .venv/.texts ## Make .venv from constraints.txt, with the model and the te
 texts: .venv/.installed ## Fetch the texts of the demo into the cache, if they aren't there
 	$(BIN)/python -m simulations.texts
 	@touch .venv/.texts
+
+pico: venv ## Make the small language model in the cache (at most two minutes), if it isn't there
+	$(BIN)/python -m simulations.pico
 
 demo: venv ## Five rows about a model tuned by four data owners; MODEL=smollm2 or MODEL=pico
 	$(BIN)/python -m simulations.demo --model $(MODEL)
