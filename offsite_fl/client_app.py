@@ -25,7 +25,7 @@ from offsite_fl.config import FrozenDtype, TuneConfig
 from offsite_fl.data.examples import split_examples, to_examples
 from offsite_fl.data.sources import Source
 from offsite_fl.data_owner import DataOwner
-from offsite_fl.errors import ConfigError, DataError, OffsiteError, WireError
+from offsite_fl.errors import DataError, OffsiteError, WireError
 from offsite_fl.wire import names
 from offsite_fl.wire.codecs import decode, encode
 from offsite_fl.wire.packs import read_pack
@@ -34,15 +34,24 @@ from offsite_fl.wire.settings import client_seed, tune_from_config
 
 Data = Source | tuple[Source, Source]
 LoadData = Callable[[Context], Data]
+NameSite = Callable[[Context], str | None]
 
 
 class BundleMissing(OffsiteError):
     """The bundle that a message is about isn't in this site's cache (any more)."""
 
 
+class NoValidation(OffsiteError):
+    """This site holds no data back to evaluate on."""
+
+
+CODES: dict[type[OffsiteError], int] = {BundleMissing: names.BUNDLE_MISSING, NoValidation: names.NO_VALIDATION}
+
+
 def make_client_app(
     load_data: LoadData | None = None,
     *,
+    name: NameSite | None = None,
     train_mods: Sequence[Mod] = (),
     cache: Cache | str | Path | None = None,
 ) -> ClientApp:
@@ -53,6 +62,9 @@ def make_client_app(
     load_data
         Gets the Flower context and gives a file, a ``datasets.Dataset``, or ``(train, validation)`` of these. None
         reads the path ``data`` (and ``validation-data``, if set) from the node config, so that a site needs no code.
+    name
+        Gets the Flower context and names the site in logs and reports; None, or a result of None, takes ``name`` of the
+        node config, else ``client-<partition-id>``, else the node id.
     train_mods
         Flower mods around tuning only, for instance ``[fixedclipping_mod]``. Never give privacy mods to a whole app:
         they answer queries and bundle messages with errors.
@@ -65,7 +77,8 @@ def make_client_app(
     A site sets in its node config what is its own business: ``name``, ``data``, ``cache-dir``, ``cache-bytes`` and
     ``tune.*`` settings such as ``tune.device`` or ``tune.batch-size``.
     """
-    site = _Site(load_data or load_from_node_config, cache, any(isinstance(mod, LocalDpMod) for mod in train_mods))
+    local_noise = any(isinstance(mod, LocalDpMod) for mod in train_mods)
+    site = _Site(load_data or load_from_node_config, name or client_name, cache, local_noise)
     app = ClientApp()
     app.query(names.BUNDLE_ACTION)(_answering(site.query_bundle))
     app.train(names.BUNDLE_ACTION)(_answering(site.store_bundle))
@@ -101,7 +114,7 @@ def _answering(handler: ClientAppCallable) -> ClientAppCallable:
         try:
             return handler(message, context)
         except OffsiteError as error:
-            code = names.BUNDLE_MISSING if isinstance(error, BundleMissing) else names.REFUSED
+            code = CODES.get(type(error), names.REFUSED)
             return Message(Error(code, f"{type(error).__name__}: {error}"), reply_to=message)
 
     return answer
@@ -123,8 +136,14 @@ class _Task:
 class _Site:
     """The handlers of one ClientApp."""
 
-    def __init__(self, load_data: LoadData, cache: Cache | str | Path | None, local_noise: bool) -> None:
-        self.load_data, self.given_cache, self.local_noise = load_data, cache, local_noise
+    def __init__(
+        self, load_data: LoadData, name: NameSite, cache: Cache | str | Path | None, local_noise: bool
+    ) -> None:
+        self.load_data, self.given_name, self.given_cache, self.local_noise = load_data, name, cache, local_noise
+
+    def name(self, context: Context) -> str:
+        """What this site is called."""
+        return self.given_name(context) or client_name(context)
 
     # The bundle ------------------------------------------------------------------------------------------------
 
@@ -138,7 +157,7 @@ class _Site:
         digest, files = read_pack(message.content)
         cache = self._cache(context)
         if cache.find(digest) is None:
-            incoming = cache.receiver(digest, client_name(context))
+            incoming = cache.receiver(digest, self.name(context))
             for name, data in files:
                 incoming.store(name, data)
             if not incoming.missing():
@@ -146,7 +165,7 @@ class _Site:
         return self._state(message, context, digest)
 
     def _state(self, message: Message, context: Context, digest: str) -> Message:
-        cache, name = self._cache(context), client_name(context)
+        cache, name = self._cache(context), self.name(context)
         held = cache.find(digest) is not None
         state: dict[str, Any] = {names.DIGEST: digest, names.CLIENT: name, names.HELD: held}
         if not held:
@@ -171,7 +190,8 @@ class _Site:
             train, validation = self._data(task, context)
             update = task.owner.tune(train, task.tune, validation=validation, start=task.start)
         arrays, notes = encode({name: update.tensors[name] for name in task.reference}, task.reference, task.codec)
-        config = ConfigRecord({**notes, names.CLIENT: client_name(context), names.DIGEST: task.owner.bundle.digest})
+        config = ConfigRecord({**notes, names.CLIENT: self.name(context), names.DIGEST: task.owner.bundle.digest})
+        config[names.EVALUATES] = validation is not None
         # train_loss with an underscore is what Flower's QFedAvg asks for
         measured = {name.replace("-", "_"): value for name, value in update.metrics.items()}
         metrics = MetricRecord({names.NUM_EXAMPLES: update.num_examples, **measured})
@@ -185,10 +205,10 @@ class _Site:
             task = self._read(message, context)
             validation = self._data(task, context)[1]
             if validation is None:
-                raise ConfigError("this site has no validation data: set tune.validation-share or validation-data")
+                raise NoValidation("this site has no validation data: set tune.validation-share or validation-data")
             loss = self._loss(task, validation)
         metrics = MetricRecord({names.LOSS: loss, names.NUM_EXAMPLES: len(validation)})
-        config = ConfigRecord({names.CLIENT: client_name(context), names.DIGEST: task.owner.bundle.digest})
+        config = ConfigRecord({names.CLIENT: self.name(context), names.DIGEST: task.owner.bundle.digest})
         return Message(RecordDict({names.METRICS: metrics, names.CONFIG: config}), reply_to=message)
 
     def _loss(self, task: _Task, validation: Dataset) -> float:
@@ -209,7 +229,7 @@ class _Site:
         codec = text(config.get(names.CODEC, "fp32"), names.CODEC)
         if codec != "fp32" and (self.local_noise or names.CLIPPING_NORM in config):
             raise WireError(f"codec {codec!r} hides the values from the privacy mod, which needs fp32")
-        tune = tune_from_config(config, context.node_config, client_name(context))
+        tune = tune_from_config(config, context.node_config, self.name(context))
         owner = _networks.open(self._cache(context), digest, tune.frozen_dtype)
         owner.reset()  # nothing of another virtual client's round may stay
         known = _reference(owner, tune)
@@ -229,7 +249,7 @@ class _Site:
         # Not with the round's seed: what was validation data in round 1 would be tuned on in round 2.
         run_seed = int(task.config.get(names.TUNE + "seed", 0))  # type: ignore[arg-type]
         return split_examples(
-            examples(loaded), task.tune.validation_share, client_seed(run_seed, 0, client_name(context))
+            examples(loaded), task.tune.validation_share, client_seed(run_seed, 0, self.name(context))
         )
 
 

@@ -31,11 +31,6 @@ class NoAnswer:
     reason: str
     code: int | None = None
 
-    @property
-    def bundle_missing(self) -> bool:
-        """Whether the node says that the bundle is no longer in its cache."""
-        return self.code == names.BUNDLE_MISSING
-
 
 @dataclass
 class Mailing:
@@ -83,7 +78,7 @@ class Mailing:
 def error_text(reply: Message) -> str:
     """The reason of an error reply on one line."""
     reason = text(reply.error.reason or "", "reason") or "no reason given"
-    if reply.error.code in (names.REFUSED, names.BUNDLE_MISSING):
+    if reply.error.code in (names.REFUSED, names.BUNDLE_MISSING, names.NO_VALIDATION):
         return reason
     return f"error {reply.error.code}: {reason}"
 

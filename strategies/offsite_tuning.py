@@ -32,7 +32,7 @@ from offsite_fl.wire.codecs import CODECS, encode
 from . import loop
 from .central import EvaluateFn
 from .delivery import Delivery
-from .exchange import Answer
+from .exchange import Answer, config_of
 from .journal import Journal, log
 from .outgoing import Form, Outgoing, prepare
 from .screening import (
@@ -123,6 +123,7 @@ class OffsiteTuning(Strategy):
         self.weight_key = next((key for key in keys if key is not None), names.NUM_EXAMPLES)
         self.settings = self._settings()
         self._train, self._evaluate = Outgoing(), Outgoing()
+        self._without_validation: set[int] = set()
 
     # What it starts from and what comes out --------------------------------------------------------------------
 
@@ -209,8 +210,9 @@ class OffsiteTuning(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """``base``'s messages with encoded arrays, for the nodes that have the bundle."""
-        messages = list(self.base.configure_evaluate(server_round, arrays, config, grid))
+        """``base``'s messages with encoded arrays, for the nodes that have the bundle and data to evaluate on."""
+        found = self.base.configure_evaluate(server_round, arrays, config, grid)
+        messages = [m for m in found if m.metadata.dst_node_id not in self._without_validation]
         self._evaluate = self._prepare(messages, server_round, grid)
         return self._evaluate.posted()
 
@@ -276,12 +278,16 @@ class OffsiteTuning(Strategy):
         for answer in answers:
             self.journal.nodes.learn(answer.node, answer.message.content)
             self.journal.count(server_round, kind, "up", answer.node, answer.message.content)
+            if config_of(answer.message.content).get(names.EVALUATES) is False:
+                self._without_validation.add(answer.node)
         for no_answer in absent:
-            if no_answer.bundle_missing:
+            if no_answer.code == names.NO_VALIDATION:  # a choice of the site, no fault
+                self._without_validation.add(no_answer.node)
+                continue
+            if no_answer.code == names.BUNDLE_MISSING:
                 self.delivery.forget(no_answer.node)
             self.journal.drop(server_round, no_answer.node, no_answer.reason)
-        found: list[Answer] = answers
-        return found
+        return answers
 
     def _in_order(self, screened: Screened, server_round: int, what: str = "") -> Screened:
         """Report what was dropped, and put the rest into an order that is the same in every run."""

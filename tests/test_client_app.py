@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from flwr.app import Message
+from flwr.app import ConfigRecord, Message
 from flwr.clientapp.mod import LocalDpMod, fixedclipping_mod
 from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideFixedClipping,
@@ -277,10 +277,16 @@ def test_data_from_code_and_its_own_validation_split(owner: ModelOwner, sites: d
     assert "validation_loss" in tuned.history[1].clients["a"] and "evaluate_loss" in tuned.history[1].clients["a"]
 
 
-def test_sites_without_validation_data_say_so(owner: ModelOwner, sites: dict[int, dict[str, Any]]) -> None:
-    strategy = federate(owner, sites, 1, base=FedAvg(**nodes_of(2, fraction_evaluate=1.0)))
-    assert all("no validation data" in reason for reason in reasons(strategy))
-    assert not strategy.history[1].skipped
+def test_sites_without_validation_data_aren_t_asked(owner: ModelOwner, sites: dict[int, dict[str, Any]]) -> None:
+    grid = FakeGrid(make_client_app(), sites)
+    strategy = federate(owner, sites, 2, grid=grid, base=FedAvg(**nodes_of(2, fraction_evaluate=1.0)))
+    assert not grid.types("evaluate") and not reasons(strategy)
+    only = FakeGrid(make_client_app(), sites)  # one that was never tuned can't have said so
+    strategy = OffsiteTuning(FedAvg(**nodes_of(2, fraction_evaluate=1.0)), owner, tune=TUNE)
+    strategy.journal.begin(1)
+    messages = strategy.configure_evaluate(1, strategy.initial_arrays(), ConfigRecord(), only)
+    assert strategy.aggregate_evaluate(1, only.send_and_receive(messages)) is None
+    assert len(only.types("evaluate")) == 2 and not reasons(strategy)
 
 
 def test_a_site_s_own_settings(owner: ModelOwner, sites: dict[int, dict[str, Any]]) -> None:
@@ -320,6 +326,9 @@ def test_names_of_sites(owner: ModelOwner, sites: dict[int, dict[str, Any]]) -> 
     plain = {k: v for k, v in sites[500].items() if k != "name"}
     strategy = federate(owner, {7: {**plain, "partition-id": 3}, 8: plain}, 1)
     assert set(strategy.history[1].clients) == {"client-3", "node-8"}
+    app = make_client_app(name=lambda context: "mine" if context.node_id == 7 else None)
+    named = federate(owner, {7: plain, 8: {**plain, "name": "own"}}, 1, app=app)
+    assert set(named.history[1].clients) == {"mine", "own"}
 
 
 def test_a_forged_digest_reaches_no_path(owner: ModelOwner, sites: dict[int, dict[str, Any]]) -> None:

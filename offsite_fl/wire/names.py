@@ -21,6 +21,7 @@ CLIENT = "client"
 HELD = "bundle.held"
 MISSING = "bundle.missing"
 FILES = "bundle.files"
+EVALUATES = "client.evaluates"
 TUNE = "tune."
 CODEC = "wire.codec"
 
@@ -32,3 +33,4 @@ LOSS = "loss"
 # Codes of our own error replies, far from Flower's (0 to 8). Flower hands code and reason through unchanged.
 REFUSED = 200
 BUNDLE_MISSING = 201
+NO_VALIDATION = 202

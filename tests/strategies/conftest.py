@@ -72,7 +72,7 @@ def run(strategy: OffsiteTuning, grid: FakeGrid, rounds: int = 1, **options: Any
 
 @pytest.fixture(scope="session", autouse=True)
 def short_collections() -> Iterator[None]:
-    """Flower's QFedAvg and Bulyan collect garbage after every record; torch's modules needn't be looked at each time."""
+    """Flower's QFedAvg and Bulyan collect garbage after every record; torch's modules needn't be scanned each time."""
     gc.collect()
     gc.freeze()
     yield
