@@ -108,6 +108,7 @@ class TuneConfig:
         check(self.block_size >= 2, f"block-size must be at least 2 tokens, got {self.block_size}")
         for name in ("weight_decay", "warmup_steps", "schedule_offset", "proximal_mu", "clip_norm"):
             check(getattr(self, name) >= 0, f"{kebab(name)} can't be negative, got {getattr(self, name)}")
+        check(0 <= self.seed < 2**63, f"seed must be 0 or above and fit 64 bits, got {self.seed}")
         check(0 <= self.validation_share < 1, f"validation-share must lie in [0, 1), got {self.validation_share}")
         if self.patience is not None:
             check(self.patience >= 1, f"patience must be at least 1, got {self.patience}")

@@ -134,6 +134,8 @@ def test_a_missing_setting_is_named() -> None:
         {"patience": 0, "validation_share": 0.1},
         {"patience": 2},
         {"lora_rank": -1},
+        {"seed": -1},
+        {"seed": 2**63},
         {"lora_rank": 4, "lora_alpha": 0.0},
         {"lora_rank": 4, "lora_dropout": 1.0},
         {"schedule": "cosin"},
