@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 
 from offsite_fl.cli.contents import contents, print_contents
+from offsite_fl.cli.files import check_writable
 from offsite_fl.cli.output import AsJson, Stages, emit, line, result
 from offsite_fl.cli.settings import DTYPES, dtype_of, split_of
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="The full model: a folder, a hub id, or smollm2.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL")]
 
 
 def bundle(
@@ -35,13 +36,15 @@ def bundle(
     dtype: Annotated[
         str | None, typer.Option(help=f"Of emulator and shared tensors in the files: {', '.join(DTYPES)}.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random in the method.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random in the method.")] = 0,
     workdir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where long methods keep what they need to resume.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compress the model's middle and write a bundle: adapter, emulator, shared tensors, tokenizer.
+
+    MODEL is a folder as Hugging Face writes it, a hub id, or smollm2 (the model that comes in a Python package).
 
     The owner-private map (which tensor came from where) is written beside it, as DIR.owner.json, and stays here.
     """
@@ -54,6 +57,7 @@ def bundle(
 
         # Before the long work, which would be lost.
         method, kept = parse_emulator(emulator), dtype_of(dtype)
+        check_writable(out)
         check_target(out)
     with stages(f"opening {model}"):
         owner = ModelOwner.from_pretrained(model, split)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -57,19 +56,26 @@ def _owner(note: OwnerMap, bundle: Bundle) -> dict[str, Any]:
 
 
 def emulator_blocks(plan: NetworkPlan) -> list[dict[str, Any]]:
-    """Each block of the emulator: where in the network it runs, and how many of its linears are of which kind."""
+    """Each block of the emulator: where in the network it runs, and how many of its linears were replaced by what."""
     found = []
     for slot, linears in enumerate(plan.linears):
         places = [i for i, place in enumerate(plan.layout) if place.role == "emulator" and place.slot == slot]
-        counts = Counter(_kind(entry) for entry in linears.values())
-        ranks = [entry["rank"] for entry in linears.values() if entry["kind"] == "low-rank"]
-        entry = {"slot": slot, "places": places, "linears": dict(counts)}
-        found.append(entry | ({"ranks": [min(ranks), max(ranks)]} if ranks else {}))
+        kinds: dict[str, list[int]] = {}
+        for entry in linears.values():
+            kind, size = _kind(entry)
+            kinds.setdefault(kind, []).append(size)
+        counts = {kind: {"count": len(sizes), "from": min(sizes), "to": max(sizes)} for kind, sizes in kinds.items()}
+        found.append({"slot": slot, "places": places, "linears": counts})
     return found
 
 
-def _kind(entry: Mapping[str, Any]) -> str:
-    return f"int{entry['bits']}, groups of {entry['group']}" if entry["kind"] == "quantized" else str(entry["kind"])
+def _kind(entry: Mapping[str, Any]) -> tuple[str, int]:
+    """What a linear was replaced with, and the size that varies within that kind."""
+    if entry["kind"] == "quantized":
+        return f"int{entry['bits']}, groups of", int(entry["group"])
+    if entry["kind"] == "low-rank":
+        return "low-rank, rank", int(entry["rank"])
+    return "resized, outputs", int(entry["out"])
 
 
 def print_contents(found: Mapping[str, Any], console: Console) -> None:
@@ -120,10 +126,9 @@ def _structure_table(found: Mapping[str, Any]) -> Table:
 
 def _structure(block: Mapping[str, Any]) -> str:
     parts = []
-    for kind, count in block["linears"].items():
-        ranks = block.get("ranks") if kind == "low-rank" else None
-        span = "" if ranks is None else f" of rank {ranks[0]}" + (f" to {ranks[1]}" if ranks[1] > ranks[0] else "")
-        parts.append(f"{count} {kind}{span}")
+    for kind, sizes in block["linears"].items():
+        span = str(sizes["from"]) + (f" to {sizes['to']}" if sizes["to"] > sizes["from"] else "")
+        parts.append(f"{sizes['count']} {kind} {span}")
     shared = f", one block run at {len(block['places'])} places" if len(block["places"]) > 1 else ""
     return ("; ".join(parts) or "dense") + shared
 

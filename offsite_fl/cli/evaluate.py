@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from offsite_fl.cli.bundle import Model
+from offsite_fl.cli.files import check_writable
 from offsite_fl.cli.output import AsJson, Stages, emit, line, result
 from offsite_fl.cli.parties import open_owner, read_update
 from offsite_fl.cli.plug import BundleOption
@@ -44,7 +45,10 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write report.json, .csv and .html here.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the five rows: full zero-shot, emulator zero-shot, emulator tuned, plug-in, full fine-tuning."""
+    """Measure the five rows: full zero-shot, emulator zero-shot, emulator tuned, plug-in, full fine-tuning.
+
+    MODEL is a folder, a hub id, or smollm2. Full fine-tuning takes time and is done if --fine-tune names its data.
+    """
     stages = Stages()
     config = tune_settings(
         pairs, max_steps=steps, lr=lr, batch_size=batch_size, block_size=block_size, loss_on=loss_on, seed=seed
@@ -55,6 +59,8 @@ def evaluate(
         from offsite_fl.evaluation.tables import print_report, summary
         from offsite_fl.measure import Measure
 
+        if out is not None:
+            check_writable(out / "report.json")
         opened = open_bundle(bundle)
         came, note = read_update(update, opened) if update else None, OwnerMap.load(opened.path)
         config = _with_steps(config, came)
@@ -67,6 +73,8 @@ def evaluate(
             loss_on=config.loss_on,
             progress=True,
         )
+        if fine_tune:
+            measure.pooled(fine_tune)  # what is wrong with the data should be told now, not after four rows
     rows = five_rows(measure, came, fine_tune or [], config, stages)
     given = {"model": model, "bundle": str(bundle), "update": update, "data": data, "fine-tune": fine_tune or []}
     report = RunReport(

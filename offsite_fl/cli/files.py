@@ -11,8 +11,18 @@ from pathlib import Path
 from offsite_fl.errors import ConfigError, UpdateError
 
 
+def check_writable(out: Path) -> None:
+    """``ConfigError`` if ``out`` can't be made; asked before the long work whose result it is to hold."""
+    place = Path(os.path.abspath(out)).parent
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"{out} can't be written: {place} isn't a folder that you may write to; give another --out")
+
+
 def check_new_folder(out: Path) -> None:
-    """``ConfigError`` unless ``out`` is free: not there, or an empty folder."""
+    """``ConfigError`` unless ``out`` can be made and is free: not there, or an empty folder."""
+    check_writable(out)
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ConfigError(f"{out} is in the way: it isn't a folder; give another --out")
     if out.is_dir() and any(out.iterdir()):
@@ -20,9 +30,10 @@ def check_new_folder(out: Path) -> None:
 
 
 def check_update_file(out: Path) -> None:
-    """``UpdateError`` unless ``out`` is free, or an update that a new one may replace."""
+    """``ConfigError`` or ``UpdateError`` unless ``out`` can be made and is free, or an update that may be replaced."""
     from offsite_fl.update import Update
 
+    check_writable(out)
     if not out.exists():
         return
     try:

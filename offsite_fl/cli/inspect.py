@@ -10,7 +10,7 @@ import typer
 from offsite_fl.cli.contents import contents, print_contents
 from offsite_fl.cli.output import AsJson, Stages, emit, result
 
-Folder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of the bundle.")]
+Folder = Annotated[Path, typer.Argument(metavar="BUNDLE")]
 Digest = Annotated[
     str | None, typer.Option(metavar="SHA256", help="The digest it must have, as the model owner told it.")
 ]
@@ -18,6 +18,8 @@ Digest = Annotated[
 
 def inspect(bundle: Folder, digest: Digest = None, as_json: AsJson = False) -> None:
     """Check every digest and shape of a bundle and list what it holds.
+
+    BUNDLE is the bundle's folder.
 
     Where the model owner's map lies beside it, also how much of the full model leaves with it.
     """

@@ -21,7 +21,7 @@ BundleOption = Annotated[
 
 def plug(
     model: Model,
-    update: Annotated[Path, typer.Argument(metavar="UPDATE", help="What a data owner or a federation handed back.")],
+    update: Annotated[Path, typer.Argument(metavar="UPDATE")],
     bundle: BundleOption,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the adapted model; new or empty.")],
     dtype: Annotated[
@@ -30,6 +30,8 @@ def plug(
     as_json: AsJson = False,
 ) -> None:
     """Plug an update into the full model and save it as an ordinary Hugging Face folder.
+
+    MODEL is a folder, a hub id, or smollm2; UPDATE the file that a data owner or a federation handed back.
 
     Exactly the adapter's tensors change. An update that doesn't fit changes nothing and writes nothing.
     """

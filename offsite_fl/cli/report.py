@@ -11,10 +11,13 @@ from offsite_fl.cli.output import AsJson, emit, line, result
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a run, with its report.json.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER")],
     as_json: AsJson = False,
 ) -> None:
-    """Print the five rows of a run and draw report.html anew from its report.json."""
+    """Print the five rows of a run and draw report.html anew from its report.json.
+
+    FOLDER is what a run wrote: `evaluate --out`, or a federation.
+    """
     from offsite_fl.evaluation.record import RunReport
     from offsite_fl.evaluation.tables import print_report, summary
 

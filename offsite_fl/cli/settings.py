@@ -23,7 +23,7 @@ KEYS = ", ".join(sorted(kebab(field.name) for field in dataclasses.fields(TuneCo
 BatchSize = Annotated[int | None, typer.Option(help="Examples in a batch.")]
 BlockSize = Annotated[int | None, typer.Option(help="Tokens in an example.")]
 LossOn = Annotated[str | None, typer.Option(help="Tokens that count: all, or answer (prompt/answer data).")]
-Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed of everything random.")]
 Pairs = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help=f"Any setting of tuning, as often as needed. Keys: {KEYS}."),

@@ -37,7 +37,10 @@ def tune(
     digest: Digest = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tune a bundle's adapter on your data and write the update, the only thing that goes back to the model owner."""
+    """Tune a bundle's adapter on your data and write the update, the only thing that goes back to the model owner.
+
+    BUNDLE is the bundle's folder.
+    """
     config = tune_settings(
         pairs,
         validation_share=validation_share,
