@@ -50,20 +50,20 @@ def fit_on_full_inputs(emulator: Emulator, context: Context, fit: LowRankFit) ->
     """
     stream = Stream.entering(read_batches(context, context.need_calibration("low-rank mode=activation")))
     fitted: dict[int, nn.Module] = {}
+    plans = _Plans()
     end = max(emulator.positions)
     for position in context.track(range(end + 1), "low-rank activation", total=end + 1):
         slot = emulator.layout.get(position)
         if slot is not None and slot not in fitted:
             cut = working_copy(emulator.blocks[slot].module, context.device)
-            _fit_to_stream(cut, stream, position, fit)
+            _fit_to_stream(cut, plans.of(cut, stream, position), stream, position, fit)
             fitted[slot] = sent_home(cut, context)
         if position < end:
             stream = stream.through(working_copy(context.block(position), context.device), position)
     return fitted
 
 
-def _fit_to_stream(cut: nn.Module, stream: Stream, position: int, fit: LowRankFit) -> None:
-    plan = _plan(cut, stream, position)
+def _fit_to_stream(cut: nn.Module, plan: BlockPlan, stream: Stream, position: int, fit: LowRankFit) -> None:
     heads = [group[0] for group in plan.groups]
     moments = {head: _no_moments(cut.get_submodule(head)) for head in heads}
     for batch, hidden in zip(stream.batches, stream.hidden, strict=True):
@@ -84,7 +84,7 @@ def fit_sequentially(emulator: Emulator, context: Context, fit: LowRankFit) -> d
     A block that runs at several places is fitted at the first of them.
     """
     full = Stream.entering(read_batches(context, context.need_calibration("low-rank mode=sequential")))
-    cut, fitted = full, dict[int, nn.Module]()
+    cut, fitted, plans = full, dict[int, nn.Module](), _Plans()
     order = running_order(context.adapter, emulator.positions, context.blocks.depth)
     full = _onward(full, context, 0, order[0][0])
     for position, behind in context.track(order, "low-rank sequential", total=len(order)):
@@ -96,10 +96,10 @@ def fit_sequentially(emulator: Emulator, context: Context, fit: LowRankFit) -> d
             cut = full if together else cut.through(working_copy(block, context.device), position)
             full = _onward(full, context, position + 1, behind)
             continue
-        work = _BlockWork(working_copy(emulator.blocks[slot].module, context.device), context, position, full, cut)
+        module = working_copy(emulator.blocks[slot].module, context.device)
+        work = _BlockWork(module, plans.of(module, cut, position), context, position, full, cut)
         full = work.goal = _onward(work.goal, context, position + 1, behind)
-        work.fit(fit)
-        cut = cut.through(work.cut, position)
+        cut = work.fit(fit)
         fitted[slot] = sent_home(work.cut, context)
     return fitted
 
@@ -118,9 +118,10 @@ class _BlockWork:
     compressed stream behind it should be, ``seen`` what the full model's block did on each batch.
     """
 
-    def __init__(self, cut: nn.Module, context: Context, position: int, before: Stream, cut_before: Stream) -> None:
-        self.cut, self.position, self.before, self.cut_before = cut, position, before, cut_before
-        self.plan = _plan(cut, cut_before, position)
+    def __init__(
+        self, cut: nn.Module, plan: BlockPlan, context: Context, position: int, before: Stream, cut_before: Stream
+    ) -> None:
+        self.cut, self.plan, self.position, self.before, self.cut_before = cut, plan, position, before, cut_before
         full = working_copy(context.block(position), context.device)
         self.reference = _references(full, cut)
         heads = [group[0] for group in self.plan.groups if self._compared(group)]
@@ -130,26 +131,42 @@ class _BlockWork:
             for batch, hidden in zip(before.batches, before.hidden, strict=True)
         ]
         self.goal = Stream(before.batches, [_taken_state(taps) for taps in self.seen])
+        self._unfinished: list[tuple[Tensor, Tensor]] = []
 
     def _compared(self, group: Sequence[str]) -> bool:
         """Whether a matrix of this group is asked for the full model's own output of it."""
         return any(path not in self.plan.writers and path in self.reference for path in group)
 
-    def fit(self, fit: LowRankFit) -> None:
-        """Replace every linear that gets smaller; inputs of a group are those behind all groups before it."""
+    @torch.no_grad()
+    def fit(self, fit: LowRankFit) -> Stream:
+        """Replace every linear that gets smaller and return the compressed stream behind the block.
+
+        Inputs of a group are those behind all groups before it.
+        """
         for group in self.plan.groups:
             shrinking = [path for path in group if fit.shrinks(self.cut.get_submodule(path))]
             if shrinking:
                 self._fit_group(group, shrinking, fit)
         for path in self.plan.others:
             cut_linear(self.cut, path, fit.keep)
+        return self._behind()
+
+    def _behind(self) -> Stream:
+        if not self._unfinished:
+            return self.cut_before.through(self.cut, self.position)
+        last = self.cut.get_submodule(self.plan.writers[-1])
+        return Stream(self.before.batches, [so_far + last(x).reshape(so_far.shape) for so_far, x in self._unfinished])
+
+    def _finishes(self, group: Sequence[str]) -> bool:
+        """Whether nothing but the last writer is left of the block, so that its input is all the rest depends on."""
+        return group == self.plan.groups[-1] and tuple(group) == self.plan.writers[-1:] and not self.plan.others
 
     def _fit_group(self, group: Sequence[str], shrinking: Sequence[str], fit: LowRankFit) -> None:
         head, writer = group[0], next((path for path in group if path in self.plan.writers), None)
         moments = _no_moments(self.cut.get_submodule(head))
         drift, total = torch.zeros_like(moments), torch.zeros_like(moments[0])
         wrong = None if writer is None else torch.zeros_like(linear_weight(self.cut.get_submodule(writer)).double())
-        compared = self._compared(group)
+        compared, finishes = self._compared(group), self._finishes(group)
         for index, batch in enumerate(self.before.batches):
             taps = self._cut_taps(index, head, writer)
             given = batch.rows(taps.inputs[head])
@@ -162,6 +179,8 @@ class _BlockWork:
                 missing = batch.rows(self._missing(index, writer, taps)).float()
                 missing -= self.cut.get_submodule(writer)(given).float()
                 wrong += (missing.T @ x).double()
+            if finishes:
+                self._unfinished.append((self._so_far(index, taps), taps.inputs[head]))
         refit = Refit(moments, fit.ridge, f"{head} in block {self.position}")
         for path in shrinking:
             residual = wrong if path == writer else self._residual(path, moments, drift, total)
@@ -178,15 +197,19 @@ class _BlockWork:
 
     def _missing(self, index: int, writer: str, taps: Taps) -> Tensor:
         """What ``writer`` must add to the compressed stream, [B, T, hidden]."""
-        start, goal = self.cut_before.hidden[index], self.goal.hidden[index]
+        goal = self.goal.hidden[index]
         if writer != self.plan.writers[-1]:
             goal = self.before.hidden[index]
             for path in (*self._earlier(writer), writer):
-                goal = goal + self.seen[index].outputs[path].reshape(start.shape)
-        missing = goal - start
-        for path in self._earlier(writer):
-            missing = missing - taps.outputs[path].reshape(start.shape)
-        return missing
+                goal = goal + self.seen[index].outputs[path].reshape(goal.shape)
+        return goal - self._so_far(index, taps)
+
+    def _so_far(self, index: int, taps: Taps) -> Tensor:
+        """The compressed stream with what the writers seen in ``taps`` have added to it."""
+        state = self.cut_before.hidden[index]
+        for output in taps.outputs.values():
+            state = state + output.reshape(state.shape)
+        return state
 
     def _residual(self, path: str, moments: Tensor, drift: Tensor, total: Tensor) -> Tensor | None:
         """``(Y - X W')' X`` for Y the full model's own output of this matrix, from moments alone.
@@ -206,9 +229,18 @@ class _BlockWork:
         return residual
 
 
-def _plan(block: nn.Module, stream: Stream, position: int) -> BlockPlan:
-    batch = stream.batches[0]
-    return plan_block(block, stream.hidden[0], batch.calls[position], batch.rows)
+class _Plans:
+    """Plans of blocks; those of one class with linears of the same shapes are alike, so one of them is looked at."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], BlockPlan] = {}
+
+    def of(self, block: nn.Module, stream: Stream, position: int) -> BlockPlan:
+        key = (type(block), *((path, linear_weight(linear).shape) for path, linear in dense_linears(block)))
+        if key not in self._known:
+            batch = stream.batches[0]
+            self._known[key] = plan_block(block, stream.hidden[0], batch.calls[position], batch.rows)
+        return self._known[key]
 
 
 def _references(full: nn.Module, cut: nn.Module) -> dict[str, nn.Module]:

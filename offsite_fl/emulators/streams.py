@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from offsite_fl.emulators.base import Batch, Context, copy_structure
-from offsite_fl.errors import ModelError
+from offsite_fl.models.blocks import block_list
 from offsite_fl.models.walk import BlockCall, call_block, capture_calls
+
+# Tokens in one pass: enough for matrix products at full speed, few enough for the widest activation of a large block.
+MERGED_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -38,70 +42,62 @@ class TextBatch:
         return flat if self.kept is None else flat[self.kept]
 
 
-@dataclass
-class _Known:
-    calls: list[BlockCall]
-    repeats: bool | None = None
-
-
-@dataclass
-class _Calls:
-    """Captures how blocks are called, once for all batches of one shape and padding where that is enough.
-
-    A capture costs a forward pass. Most models call their blocks alike for every batch of one shape and padding; the
-    second such batch shows whether this one does (per-layer embeddings, for one, depend on the tokens).
-    """
-
-    context: Context
-    known: dict[tuple[Any, ...], _Known] = field(default_factory=dict)
-
-    def of(self, batch: Batch) -> list[BlockCall]:
-        mask = batch.get("attention_mask")
-        key = (tuple(batch["input_ids"].shape), None if mask is None else mask.cpu().numpy().tobytes())
-        known = self.known.get(key)
-        if known is not None and known.repeats:
-            return [replace(known.calls[0], hidden=self._entry(batch)), *known.calls[1:]]
-        calls = capture_calls(self.context.model, self.context.blocks, batch)
-        if known is None:
-            self.known[key] = _Known(calls)
-        elif known.repeats is None:
-            known.repeats = all(
-                _equal((a.args, dict(a.kwargs)), (b.args, dict(b.kwargs)))
-                for a, b in zip(known.calls, calls, strict=True)
-            )
-        return calls
-
-    def _entry(self, batch: Batch) -> Tensor:
-        """The state that enters block 0, without running any block."""
-
-        def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise _Entered(args[0] if args else kwargs["hidden_states"])
-
-        handle = self.context.block(0).register_forward_pre_hook(leave, with_kwargs=True)
-        try:
-            capture_calls(self.context.model, self.context.blocks, batch)
-        except _Entered as entered:
-            return entered.hidden
-        finally:
-            handle.remove()
-        raise ModelError(f"the forward pass doesn't enter {self.context.blocks.path}.0")
-
-
-class _Entered(Exception):
-    def __init__(self, hidden: Tensor) -> None:
-        self.hidden = hidden
-
-
 def read_batches(context: Context, batches: Sequence[Batch]) -> list[TextBatch]:
-    """How the full model calls its blocks on each batch, on the context's device."""
-    calls, moved = _Calls(context), _Mover(torch.device(context.device))
+    """How the full model calls its blocks on ``batches``, small ones merged, on the context's device."""
+    moved = _Mover(torch.device(context.device))
     read = []
-    for batch in batches:
-        captured = [BlockCall(moved(c.args), moved(c.kwargs), moved(c.hidden)) for c in calls.of(batch)]
+    for batch in merged(batches):
+        with _passing_through(block_list(context.model, context.blocks)):
+            calls = capture_calls(context.model, context.blocks, batch)
         mask = batch.get("attention_mask")
         kept = None if mask is None or bool(mask.all()) else mask.flatten().bool().to(context.device)
-        read.append(TextBatch(captured, kept))
+        read.append(TextBatch([BlockCall(moved(c.args), moved(c.kwargs), moved(c.hidden)) for c in calls], kept))
     return read
+
+
+def merged(batches: Sequence[Batch], tokens: int = MERGED_TOKENS) -> list[Batch]:
+    """Neighbouring batches of equal length put together as long as they hold at most ``tokens`` tokens."""
+    groups: list[list[Batch]] = []
+    for batch in batches:
+        rows, length = batch["input_ids"].shape
+        last = groups[-1] if groups else []
+        fits = last and last[0]["input_ids"].shape[1] == length and last[0].keys() == batch.keys()
+        if fits and (sum(len(b["input_ids"]) for b in last) + rows) * length <= tokens:
+            last.append(batch)
+        else:
+            groups.append([batch])
+    return [{name: torch.cat([batch[name] for batch in group]) for name in group[0]} for group in groups]
+
+
+@contextmanager
+def _passing_through(blocks: nn.ModuleList) -> Iterator[None]:
+    """Blocks behind the first hand their input on, for the length of a ``with`` block.
+
+    How a model calls its blocks doesn't depend on the hidden states, so capturing the calls needn't cost a forward
+    pass. The first block runs, to show what else a block of this kind returns.
+    """
+    shape: list[Any] = []
+
+    def first(*args: Any, **kwargs: Any) -> Any:
+        shape[:] = [run_first(*args, **kwargs)]
+        return shape[0]
+
+    def other(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, *shape[0][1:]) if isinstance(shape[0], tuple) else hidden
+
+    run_first = blocks[0].forward
+    own = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for index, block in enumerate(blocks):
+            block.forward = other if index else first
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
 
 
 class _Mover:
@@ -122,16 +118,6 @@ class _Mover:
         if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
             return type(value)(self(item) for item in value)
         return value
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
-    if isinstance(a, Mapping):
-        return isinstance(b, Mapping) and a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return type(a) is type(b) and len(a) == len(b) and all(map(_equal, a, b))
-    return bool(a is b or a == b)
 
 
 def working_copy(block: nn.Module, device: str) -> nn.Module:
