@@ -95,5 +95,5 @@ def test_shared_blocks_stay_shared(pico_llama: nn.Module, context_of: MakeContex
 
 @pytest.mark.parametrize("keep", ["1", "0", "-3", "2.5"])
 def test_impossible_numbers(keep: str) -> None:
-    with pytest.raises(ConfigError, match="number of blocks .* or a share"):
+    with pytest.raises(ConfigError, match=r"number of blocks .* or a share"):
         parse_emulator(f"layer-drop:keep={keep}")
