@@ -218,9 +218,11 @@ def _skeleton(plan: NetworkPlan) -> nn.Module:
         config = AutoConfig.for_model(plan.config["model_type"], **values)
         config.use_cache = False
         depth = getattr(config, "num_hidden_layers", len(plan.layout))
-        if depth != len(plan.layout):
-            raise ModelError(f"the config says {depth} blocks, the layout has {len(plan.layout)}")
+        if depth != len(plan.layout):  # before building: a foreign config mustn't make millions of blocks
+            raise ModelError(f"network plan: the config makes {depth} blocks, the layout has {len(plan.layout)}")
         network: nn.Module = TASKS[plan.task].from_config(config, trust_remote_code=False)
+    except ModelError:
+        raise
     except Exception as error:  # foreign data reaches many constructors; all their complaints mean the same here
         raise ModelError(f"network plan: transformers can't build {plan.config['model_type']!r}: {error}") from error
     blocks = _network_blocks(network, plan)

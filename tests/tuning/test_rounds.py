@@ -50,7 +50,8 @@ def test_rounds_on_a_quantised_base_go_on_and_leave_nothing_behind(quantised, fr
         del result, lora
         if round_ > 0:
             alive.append(live_tensors())
-    assert losses == sorted(losses, reverse=True)
+    # Not round by round: how a small step in bf16 rounds differs between processors.
+    assert max(losses[1:]) < losses[0] and losses[-1] == min(losses)
     assert alive[0] == alive[1] == alive[2]
     for name, buffer in quantised.named_buffers():
         assert name not in packed or torch.equal(buffer, packed[name])
