@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from offsite_fl.errors import ConfigError
 from offsite_fl.registry import near
 
 Scalar = str | int | float | bool
+CACHE_VARIABLE = "OFFSITE_FL_CACHE"
 FrozenDtype = Literal["auto", "float32", "bfloat16", "float16"]
 LossOn = Literal["all", "answer"]
 C = TypeVar("C")
@@ -124,6 +127,12 @@ class TuneConfig:
         if self.lora_rank == 0:
             return None
         return LoraOptions(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_targets)
+
+
+def cache_root(root: str | os.PathLike[str] | None = None) -> Path:
+    """The cache's folder: ``root``, else ``OFFSITE_FL_CACHE``, else ``~/.cache/offsite-fl``. It need not exist."""
+    chosen = root or os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "offsite-fl"
+    return Path(os.path.abspath(os.path.expanduser(chosen)))
 
 
 def kebab(name: str) -> str:

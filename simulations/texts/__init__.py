@@ -1,11 +1,12 @@
 """Real text for the data owners (Shakespeare by genre) and public text of another domain (the King James Bible).
 
-python -m simulations.texts            # fetch both into the cache: an installation step, the only one with a network
+python -m simulations.texts            # fetch both into the cache and write the quickstart's files there
+                                       # (an installation step, the only one with a network)
 python -m simulations.texts FOLDER     # write the files of the data owners, the test file and the public text
 """
 
 from simulations.texts.corpus import bible, shakespeare
-from simulations.texts.owners import OWNERS, Share, partition, passages, write_owner_files
+from simulations.texts.owners import OWNERS, Share, partition, passages, quickstart_folder, write_owner_files
 from simulations.texts.store import fetch, texts_folder
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "fetch",
     "partition",
     "passages",
+    "quickstart_folder",
     "shakespeare",
     "texts_folder",
     "write_owner_files",

@@ -7,19 +7,18 @@ import sys
 from rich.console import Console
 
 from offsite_fl.errors import DataError
-from simulations.texts import fetch, write_owner_files
+from simulations.texts import fetch, quickstart_folder, write_owner_files
 
 
 def main(arguments: list[str]) -> int:
-    """Fetch the texts if they aren't there; with a folder given, write the data owners' files into it."""
+    """Fetch the texts if they aren't there; write the data owners' files, into the cache unless a folder is given."""
     console = Console(stderr=True)
     try:
         with console.status("fetching the texts of the demo"):
             folder = fetch()
         console.print(f"texts: {folder}", soft_wrap=True)
-        for target in arguments[:1]:
-            for name, path in write_owner_files(target).items():
-                console.print(f"{name}: {path} ({path.stat().st_size:,} bytes)", soft_wrap=True)
+        for name, path in write_owner_files(arguments[0] if arguments else quickstart_folder()).items():
+            console.print(f"{name}: {path} ({path.stat().st_size:,} bytes)", soft_wrap=True)
     except DataError as error:
         console.print(f"error: {error}", style="red", soft_wrap=True, markup=False)
         return 1

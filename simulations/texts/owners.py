@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
+from offsite_fl.config import cache_root
 from simulations.texts.corpus import bible, shakespeare, sonnets
 
 # Genres as in the First Folio; Pericles, which isn't in it, goes with the comedies, Cymbeline with the tragedies.
@@ -74,6 +75,11 @@ def passages(text: str, size: int = 2000) -> list[str]:
         else:
             found.append(part)
     return [passage + "\n" for passage in found]
+
+
+def quickstart_folder() -> Path:
+    """Where the quickstart app looks for the data owners' files unless its run config names a folder."""
+    return cache_root() / "quickstart"
 
 
 def write_owner_files(folder: str | Path) -> dict[str, Path]:

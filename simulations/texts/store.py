@@ -16,8 +16,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from offsite_fl.config import cache_root
 from offsite_fl.errors import DataError
-from offsite_fl.models.smollm2 import cache_root
 
 FOLDER = "texts-1"  # ends in the number of this unpacking, to be raised when it changes
 # Of everything that is unpacked, so that a damaged cache is noticed and results name their data.

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from offsite_fl.bundle import Bundle, Cache, Limits, cache, cache_root
+from offsite_fl.bundle import Bundle, Cache, Limits, cache
+from offsite_fl.config import cache_root
 from offsite_fl.errors import BundleError, ConfigError
 
 from .conftest import Parts, state_of

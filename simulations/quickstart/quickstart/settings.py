@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offsite_fl.bundle import cache_root
-from offsite_fl.config import TuneConfig, from_mapping
+from offsite_fl.config import TuneConfig, cache_root, from_mapping
 from offsite_fl.errors import DataError
 
 GROUPS = ("tune.", "data.", "test.", "baseline.", "run.")
