@@ -8,6 +8,7 @@ on [A, E*], and the owner plugs A' into the full model: M' = [A', E]. The owner 
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -96,8 +97,9 @@ class ModelOwner:
         """
         method = parse_emulator(emulator) if isinstance(emulator, str) else emulator
         context = self.context(calibration, calibration_tokens, block_size, seed, workdir, progress)
+        began = time.perf_counter()
         built = method.compress(start(context), context)
-        self.report = emulator_report(built, context)
+        self.report = emulator_report(built, context, seconds=round(time.perf_counter() - began, 2))
         plan = self._plan(built)
         bundle = write_bundle(out, plan, self._tensors(built, plan, dtype), self.tokenizer)
         self._map(built, bundle, str(method)).save(bundle.path)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -20,6 +21,7 @@ from offsite_fl.models.plug import adapter_tensors
 from offsite_fl.models.split import Split
 from offsite_fl.owner import ModelOwner
 from offsite_fl.update import Update
+from tests.conftest import make_pico, make_tokenizer
 
 TEXT = Dataset.from_dict({"text": ["the cat sat on the mat and the dog lay by the door. " * 40]})
 FAST = TuneConfig(max_steps=3, lr=1e-2, batch_size=2, block_size=16, progress=False)
@@ -193,3 +195,24 @@ def test_initial_lora_state_changes_nothing(owner: ModelOwner, tmp_path: Path) -
     values = owner.adapter_values(owner.initial_state(options, seed=3), options)
     live = adapter_tensors(owner.model, owner.blocks, owner.adapter_indices)
     assert all(torch.equal(values[name], parameter.detach()) for name, parameter in live.items())
+
+
+def test_causal_masks_of_old_checkpoints_are_dropped(tmp_path: Path) -> None:
+    # The paper's own GPT-2 emulators carry each block's mask (33.6 MB), which newer libraries refuse (fault 8).
+    model = make_pico("gpt2")
+    model.save_pretrained(tmp_path / "old")  # type: ignore[operator]
+    make_tokenizer().save_pretrained(tmp_path / "old")
+    file = tmp_path / "old" / "model.safetensors"
+    masks = {
+        f"transformer.h.{i}.attn.bias": torch.ones(128, 128, dtype=torch.bool).tril()[None, None].clone()
+        for i in range(6)
+    }
+    masks |= {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(6)}
+    save_file(load_file(file) | masks, file, metadata={"format": "pt"})
+    owner = ModelOwner.from_pretrained(tmp_path / "old", Split(1, 1))
+    bundle = owner.make_bundle("layer-drop:keep=2", tmp_path / "bundle")
+    assert not [name for name in bundle.tensors() if name.endswith((".attn.bias", ".masked_bias"))]
+    ids = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        assert torch.equal(owner.model(input_ids=ids).logits, model(input_ids=ids).logits)
+        assert torch.equal(DataOwner.open(bundle).model(input_ids=ids).logits, owner.emulated()(input_ids=ids).logits)

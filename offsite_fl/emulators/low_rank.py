@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
@@ -14,6 +14,9 @@ from offsite_fl.emulators.factor import cut_linear
 from offsite_fl.emulators.groups import dense_linears
 from offsite_fl.emulators.sequential import LowRankFit, fit_on_full_inputs, fit_sequentially
 from offsite_fl.emulators.streams import sent_home, working_copy
+from offsite_fl.errors import EmulatorError
+from offsite_fl.models.linears import is_linear
+from offsite_fl.registry import near
 
 Mode = Literal["sequential", "activation", "plain"]
 
@@ -32,12 +35,14 @@ class LowRank(EmulatorMethod):
       that it puts right what went wrong before it (docs of :mod:`offsite_fl.emulators.sequential`).
 
     ``ridge`` ties the sequential re-fit to the original weight, in units of the inputs' mean square; more of it for
-    less calibration text.
+    less calibration text. ``targets`` names the linears to cut (``q_proj/o_proj``, matched as peft matches LoRA's) and
+    leaves the others as they are; empty means every linear.
     """
 
     keep: float = 0.5
     mode: Mode = "sequential"
     ridge: float = 0.01
+    targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check(0 < self.keep <= 1, f"low-rank keep = {self.keep!r} must be a share above 0 and at most 1")
@@ -45,22 +50,35 @@ class LowRank(EmulatorMethod):
 
     def compress(self, emulator: Emulator, context: Context) -> Emulator:
         """Return new blocks; what isn't a linear is shared with ``emulator``'s blocks."""
+        fit = LowRankFit(self.keep, self.ridge, self.targets)
+        _check_targets(emulator, fit)
         if self.keep >= 1:
             modules = {slot: copy_structure(block.module) for slot, block in enumerate(emulator.blocks)}
         elif self.mode == "plain":
-            modules = dict(enumerate(self._plain(block, context) for block in self._tracked(emulator, context)))
+            modules = dict(enumerate(_plain(block, context, fit) for block in self._tracked(emulator, context)))
         elif self.mode == "activation":
-            modules = fit_on_full_inputs(emulator, context, LowRankFit(self.keep, self.ridge))
+            modules = fit_on_full_inputs(emulator, context, fit)
         else:
-            modules = fit_sequentially(emulator, context, LowRankFit(self.keep, self.ridge))
+            modules = fit_sequentially(emulator, context, fit)
         blocks = [EmulatorBlock(modules[slot], block.origin) for slot, block in enumerate(emulator.blocks)]
         return Emulator(blocks, dict(emulator.layout))
 
     def _tracked(self, emulator: Emulator, context: Context) -> Iterable[EmulatorBlock]:
         return context.track(emulator.blocks, "low-rank plain", total=len(emulator.blocks))
 
-    def _plain(self, block: EmulatorBlock, context: Context) -> nn.Module:
-        cut = working_copy(block.module, context.device)
-        for path, _ in list(dense_linears(cut)):
-            cut_linear(cut, path, self.keep)
-        return sent_home(cut, context)
+
+def _plain(block: EmulatorBlock, context: Context, fit: LowRankFit) -> nn.Module:
+    cut = working_copy(block.module, context.device)
+    for path, _ in list(dense_linears(cut)):
+        if fit.takes(path):
+            cut_linear(cut, path, fit.keep)
+    return sent_home(cut, context)
+
+
+def _check_targets(emulator: Emulator, fit: LowRankFit) -> None:
+    """``EmulatorError`` names a target that is no linear of any block, with the near ones."""
+    paths = {path for block in emulator.blocks for path, module in block.module.named_modules() if is_linear(module)}
+    for target in fit.targets:
+        if not any(map(replace(fit, targets=(target,)).takes, paths)):
+            names = sorted({path.rpartition(".")[2] for path in paths})
+            raise EmulatorError(f"low-rank: target {target!r} is no linear of the frozen blocks; {near(target, names)}")

@@ -19,8 +19,8 @@ class Quantize(EmulatorMethod):
     """Store the emulator's linear weights as packed int8 or int4; norms and biases stay as they are.
 
     ``bits`` is 8 or 4; with fewer a weight can't stand for the middle any more (at 1 bit a group is a constant).
-    ``group`` is the largest number of consecutive inputs of one output that share a scale; a weight moves by at most
-    half its group's scale. Factors of a low-rank linear are quantised one by one. Quantised weights can't be trained,
+    ``group`` is the largest number of consecutive inputs of one output that share a scale, 0 lets each whole output have
+    one; a weight moves by at most half its group's scale, so larger groups lose more. Factors of a low-rank linear are quantised one by one. Quantised weights can't be trained,
     so what trains the emulator (``distill``) comes before.
     """
 
@@ -29,7 +29,8 @@ class Quantize(EmulatorMethod):
 
     def __post_init__(self) -> None:
         check(self.bits in (8, 4), f"quantize bits = {self.bits!r} isn't possible; packed weights have 8 or 4 bits")
-        check(self.group >= 2 and self.group % 2 == 0, f"quantize group must be even and at least 2, got {self.group}")
+        fits = self.group >= 0 and self.group % 2 == 0
+        check(fits, f"quantize group must be even and at least 2, or 0 for one scale an output, got {self.group}")
 
     def compress(self, emulator: Emulator, context: Context) -> Emulator:
         """Copy every block once, without its weights, and pack its linears.
@@ -59,7 +60,7 @@ class Quantize(EmulatorMethod):
 
     def _even_group(self, inputs: int) -> int:
         """The smallest even group that needs no more scales than ``self.group``, so that little padding is stored."""
-        groups = -(-inputs // self.group)
+        groups = -(-inputs // self.group) if self.group else 1
         size = -(-inputs // groups)
         return size + size % 2
 

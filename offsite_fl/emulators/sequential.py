@@ -32,14 +32,22 @@ from offsite_fl.models.linears import linear_bias, linear_weight
 
 @dataclass(frozen=True)
 class LowRankFit:
-    """How much of each matrix stays (``keep``) and how strongly the re-fit is tied to the original (``ridge``)."""
+    """How much of each matrix stays (``keep``), how strongly the re-fit is tied to the original (``ridge``), and which.
+
+    ``targets`` match as in peft: a linear's whole path in the block or its end (``o_proj``); none mean every linear.
+    """
 
     keep: float
     ridge: float
+    targets: tuple[str, ...] = ()
 
-    def shrinks(self, linear: nn.Module) -> bool:
-        """Whether factors would make this dense linear smaller."""
-        return rank_for(self.keep, *linear_weight(linear).shape) is not None
+    def takes(self, path: str) -> bool:
+        """Whether the linear at ``path`` is to be cut."""
+        return not self.targets or any(path == t or path.endswith("." + t) for t in self.targets)
+
+    def shrinks(self, block: nn.Module, path: str) -> bool:
+        """Whether the linear at ``path`` is to be cut, and factors would make it smaller."""
+        return self.takes(path) and rank_for(self.keep, *linear_weight(block.get_submodule(path)).shape) is not None
 
 
 def fit_on_full_inputs(emulator: Emulator, context: Context, fit: LowRankFit) -> dict[int, nn.Module]:
@@ -64,17 +72,18 @@ def fit_on_full_inputs(emulator: Emulator, context: Context, fit: LowRankFit) ->
 
 
 def _fit_to_stream(cut: nn.Module, plan: BlockPlan, stream: Stream, position: int, fit: LowRankFit) -> None:
-    heads = [group[0] for group in plan.groups]
+    groups = [group for group in plan.groups if any(map(fit.takes, group))]
+    heads = [group[0] for group in groups]
     moments = {head: _no_moments(cut.get_submodule(head)) for head in heads}
     for batch, hidden in zip(stream.batches, stream.hidden, strict=True):
         taps = run_tapped(cut, hidden, batch.calls[position], inputs=heads, partial=True)
         for head in heads:
             moments[head] += gram(batch.rows(taps.inputs[head]).float())
-    for group in plan.groups:
+    for group in groups:
         refit = Refit(moments[group[0]], fit.ridge, f"{group[0]} in block {position}")
-        for path in group:
+        for path in filter(fit.takes, group):
             cut_linear(cut, path, fit.keep, refit)
-    for path in plan.others:
+    for path in filter(fit.takes, plan.others):
         cut_linear(cut, path, fit.keep)
 
 
@@ -144,10 +153,10 @@ class _BlockWork:
         Inputs of a group are those behind all groups before it.
         """
         for group in self.plan.groups:
-            shrinking = [path for path in group if fit.shrinks(self.cut.get_submodule(path))]
+            shrinking = [path for path in group if fit.shrinks(self.cut, path)]
             if shrinking:
                 self._fit_group(group, shrinking, fit)
-        for path in self.plan.others:
+        for path in filter(fit.takes, self.plan.others):
             cut_linear(self.cut, path, fit.keep)
         return self._behind()
 

@@ -16,6 +16,7 @@ from offsite_fl.emulators.groups import dense_linears
 from offsite_fl.emulators.low_rank import LowRank, Mode
 from offsite_fl.emulators.report import emulated_network
 from offsite_fl.emulators.spec import parse_emulator
+from offsite_fl.errors import EmulatorError
 from offsite_fl.models.linears import LowRankLinear, linear_bias, linear_weight
 
 MakeContext = Callable[..., Context]
@@ -117,3 +118,32 @@ def test_progress_bars_run(pico_llama: nn.Module, context_of: MakeContext, capsy
         context = context_of(pico_llama, progress=True)
         LowRank(mode=mode).compress(start(context), context)
         assert f"low-rank {mode}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_targets_only(mode: Mode, pico_llama: nn.Module, context_of: MakeContext) -> None:
+    context = context_of(pico_llama)
+    built = LowRank(0.5, mode, targets=("self_attn.q_proj", "down_proj")).compress(start(context), context)
+    for block in built.blocks:
+        cut = {path for path, module in block.module.named_modules() if isinstance(module, LowRankLinear)}
+        assert cut == {"self_attn.q_proj", "mlp.down_proj"}
+        for path, linear in dense_linears(block.module):
+            assert linear.weight is context.block(block.origin).get_submodule(path).weight
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_naming_every_linear_is_naming_none(mode: Mode, pico_llama: nn.Module, context_of: MakeContext) -> None:
+    context = context_of(pico_llama)
+    names = tuple(path for path, _ in dense_linears(context.block(1)))
+    one, other = (LowRank(0.5, mode, targets=t).compress(start(context), context) for t in ((), names))
+    for a, b in zip(one.blocks, other.blocks, strict=True):
+        ours, theirs = a.module.state_dict(), b.module.state_dict()
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_target_that_is_no_linear(pico_llama: nn.Module, context_of: MakeContext) -> None:
+    context = context_of(pico_llama)
+    method = parse_emulator("low-rank:keep=0.5,targets=q_proj/k_porj")
+    with pytest.raises(EmulatorError, match=r"target 'k_porj' is no linear.*k_proj"):
+        method.compress(start(context), context)
+    assert str(method) == "low-rank:targets=q_proj/k_porj"

@@ -74,6 +74,7 @@ def test_packed_weights_take_exactly_the_promised_bytes(pico_llama: nn.Module) -
 def test_a_group_stores_little_padding() -> None:
     """410 inputs (a low-rank factor) in groups of 64 at most: 7 groups of 59, even 60; 66 inputs: 2 groups of 34."""
     assert [Quantize()._even_group(n) for n in (1, 5, 32, 64, 66, 128, 410)] == [2, 6, 32, 64, 34, 64, 60]
+    assert [Quantize(group=0)._even_group(n) for n in (1, 5, 66, 1536)] == [2, 6, 66, 1536]  # one scale an output
 
 
 @pytest.mark.parametrize("bits", [8, 4])
