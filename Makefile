@@ -8,6 +8,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 BIN := .venv/bin
 # The model of the demo: smollm2 (135 M parameters) or pico (about 3 M, made here).
 MODEL ?= smollm2
+# More for the demo: DEMO="--set tune.lr=1e-3 --gpus-per-client 0.25".
+DEMO ?=
 # Two workers with one thread each: tests run many tiny models, which threads only slow down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
@@ -42,7 +44,7 @@ pico: venv ## Make the small language model in the cache (at most two minutes), 
 	$(BIN)/python -m simulations.pico
 
 demo: venv ## Five rows about a model tuned by four data owners; MODEL=smollm2 or MODEL=pico
-	$(BIN)/python -m simulations.demo --model $(MODEL)
+	$(BIN)/python -m simulations.demo --model $(MODEL) $(DEMO)
 
 test: venv ## Run the fast tests
 	$(PYTEST) -m 'not slow'

@@ -10,7 +10,10 @@ import argparse
 import shutil
 import sys
 import time
+import tomllib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -20,6 +23,7 @@ from simulations.local_flower import local_flower
 from simulations.texts import OWNERS, fetch, quickstart_folder, write_owner_files
 
 APP = Path(__file__).parent / "quickstart"
+PICO = APP / "pico.toml"  # what a small model wants otherwise than the app's own settings say
 console = Console()
 
 
@@ -29,10 +33,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", default="smollm2", help="smollm2 (135 M parameters), pico (made here), or a folder")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the report; emptied first")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the app's run config")
+    parser.add_argument(
+        "--gpus-per-client", type=float, default=0.0, help="share of a GPU a client (docs/gpu.md)"
+    )
     options = parser.parse_args(arguments)
+    if wrong := [pair for pair in options.set if "=" not in pair]:
+        parser.error(f"--set {wrong[0]!r} isn't KEY=VALUE")
     started = time.perf_counter()
     try:
-        demo(options.model, options.out.absolute(), dict(pair.split("=", 1) for pair in options.set))
+        overrides = dict(pair.split("=", 1) for pair in options.set)
+        demo(options.model, options.out.absolute(), overrides, options.gpus_per_client)
     except OffsiteError as error:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 1
@@ -40,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def demo(model: str, out: Path, overrides: dict[str, str]) -> RunReport:
+def demo(model: str, out: Path, overrides: dict[str, str], gpus_per_client: float = 0.0) -> RunReport:
     """Prepare data and model, run the app, read the report back."""
     if out.exists():
         shutil.rmtree(out)
@@ -49,16 +59,26 @@ def demo(model: str, out: Path, overrides: dict[str, str]) -> RunReport:
     data = quickstart_folder()
     if not (data / "public.txt").is_file():
         write_owner_files(data)
+    settings: dict[str, object] = {}
     if model == "pico":
         from simulations.pico import pico_folder  # imports torch, which the other models' demo needn't do here
 
         pico_folder(progress=True)
-    settings: dict[str, object] = {"model": model, "run.folder": str(out), "data.folder": str(data)}
-    with local_flower(out / "flower", supernodes=len(OWNERS)) as flower:
+        settings |= _flat(tomllib.loads(PICO.read_text(encoding="utf-8")))
+    settings |= {"model": model, "run.folder": str(out), "data.folder": str(data)}
+    with local_flower(out / "flower", supernodes=len(OWNERS), gpus_per_client=gpus_per_client) as flower:
         code = flower.run(APP, settings | {key: _typed(value) for key, value in overrides.items()})
     if code or not (out / "report.json").is_file():
         raise OffsiteError(f"the run ended without a report (exit code {code}); see {out / 'flower' / 'superlink.log'}")
     return RunReport.read(out)
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
+    """Dotted keys, as Flower's run config has them."""
+    found: dict[str, object] = {}
+    for key, value in table.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
 
 
 def _typed(text: str) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -10,6 +11,11 @@ from simulations.pico.pretrain import pretrain
 from simulations.pico.recipe import Recipe
 from simulations.pico.tokenizer import train_tokenizer
 from simulations.texts import bible
+
+
+def pico_link() -> Path:
+    """Where the default model is found by those who know no recipe: a link in the cache, set by :func:`pico_folder`."""
+    return cache_root() / "pico"
 
 
 def pico_folder(recipe: Recipe | None = None, *, text: str | None = None, progress: bool = True) -> Path:
@@ -23,11 +29,18 @@ def pico_folder(recipe: Recipe | None = None, *, text: str | None = None, progre
     DataError
         The texts aren't in the cache; says which command fetches them.
     """
+    default = recipe is None and text is None
     recipe = recipe or Recipe()
     text = bible() if text is None else text
     folder = cache_root() / f"pico-{recipe.digest(text)[:16]}"
-    if folder.is_dir():
-        return folder
+    if not folder.is_dir():
+        _make(folder, recipe, text, progress)
+    if default:
+        _point(pico_link(), folder)
+    return folder
+
+
+def _make(folder: Path, recipe: Recipe, text: str, progress: bool) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         fresh = Path(scratch) / folder.name
@@ -39,4 +52,10 @@ def pico_folder(recipe: Recipe | None = None, *, text: str | None = None, progre
         except OSError:
             if not folder.is_dir():  # if it is, another process was faster, with the same result
                 raise
-    return folder
+
+
+def _point(link: Path, folder: Path) -> None:
+    """Let ``link`` name ``folder``, in one step."""
+    fresh = link.with_name(f".{link.name}.{os.getpid()}")
+    fresh.symlink_to(folder.name)
+    os.replace(fresh, link)

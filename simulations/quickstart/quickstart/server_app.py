@@ -52,7 +52,7 @@ def main(grid: Grid, context: Context) -> None:
     folder = Path(settings.run.folder).absolute()
     torch.manual_seed(settings.main.seed)
     with clock("opening the model"):
-        owner = ModelOwner.from_pretrained(settings.main.model, Split.parse(settings.main.split))
+        owner = ModelOwner.from_pretrained(settings.main.model_path(), Split.parse(settings.main.split))
     with clock("making the bundle"):
         bundle_of(owner, settings, folder)
     measure = Measure(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from offsite_fl.config import TuneConfig, cache_root, from_mapping
-from offsite_fl.errors import DataError
+from offsite_fl.errors import DataError, ModelError
 
 GROUPS = ("tune.", "data.", "test.", "baseline.", "run.")
 
@@ -28,6 +28,15 @@ class Main:
     max_update_norm: float
     codec: str
     seed: int
+
+    def model_path(self) -> str:
+        """What to open: ``model``, or the folder in the cache that ``pico`` stands for."""
+        if self.model != "pico":
+            return self.model
+        folder = cache_root() / "pico"
+        if not folder.is_dir():
+            raise ModelError(f"the model 'pico' isn't in {folder}: make it once by `make pico`")
+        return str(folder)
 
 
 @dataclass(frozen=True)
