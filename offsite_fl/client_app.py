@@ -7,6 +7,7 @@ cache and is memory-mapped; in simulation one opened network is shared by all vi
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from offsite_fl.wire.packs import read_pack
 from offsite_fl.wire.records import only_arrays, only_config, text
 from offsite_fl.wire.settings import client_seed, tune_from_config
 
+log = logging.getLogger("flwr.offsite")
+
 Data = Source | tuple[Source, Source]
 LoadData = Callable[[Context], Data]
 NameSite = Callable[[Context], str | None]
@@ -44,6 +47,9 @@ class BundleMissing(OffsiteError):
 class NoValidation(OffsiteError):
     """This site holds no data back to evaluate on."""
 
+
+# What is wrong with a site's data is told by line and column, and with the site's own paths: not for the server.
+WITHHELD = "this site's data can't be used; the reason is in the site's own log"
 
 CODES: dict[type[OffsiteError], int] = {BundleMissing: names.BUNDLE_MISSING, NoValidation: names.NO_VALIDATION}
 
@@ -107,15 +113,21 @@ def client_name(context: Context) -> str:
 
 
 def _answering(handler: ClientAppCallable) -> ClientAppCallable:
-    """Turn our own errors into error replies whose reason the server logs; a bug keeps its traceback."""
+    """Turn our own errors into error replies whose reason the server logs; a bug keeps its traceback.
+
+    Of an error in the site's data only that there is one leaves the site.
+    """
 
     @functools.wraps(handler)
     def answer(message: Message, context: Context) -> Message:
         try:
             return handler(message, context)
         except OffsiteError as error:
-            code = CODES.get(type(error), names.REFUSED)
-            return Message(Error(code, f"{type(error).__name__}: {error}"), reply_to=message)
+            code, reason = CODES.get(type(error), names.REFUSED), str(error)
+            if isinstance(error, DataError):
+                log.error("this site's data can't be used: %s", error)
+                reason = WITHHELD
+            return Message(Error(code, f"{type(error).__name__}: {reason}"), reply_to=message)
 
     return answer
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from offsite_fl.errors import OffsiteError
 from offsite_fl.evaluation.record import RunReport
 from simulations.local_flower import local_flower
-from simulations.texts import OWNERS, fetch, quickstart_folder, write_owner_files
+from simulations.texts import OWNERS, books_folder, fetch, quickstart_folder, write_book_files, write_owner_files
 
 APP = Path(__file__).parent / "quickstart"
 PICO = APP / "pico.toml"  # what a small model wants otherwise than the app's own settings say
@@ -33,9 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", default="smollm2", help="smollm2 (135 M parameters), pico (made here), or a folder")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the report; emptied first")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the app's run config")
-    parser.add_argument(
-        "--gpus-per-client", type=float, default=0.0, help="share of a GPU a client (docs/gpu.md)"
-    )
+    parser.add_argument("--gpus-per-client", type=float, default=0.0, help="share of a GPU a client (docs/gpu.md)")
     options = parser.parse_args(arguments)
     if wrong := [pair for pair in options.set if "=" not in pair]:
         parser.error(f"--set {wrong[0]!r} isn't KEY=VALUE")
@@ -56,16 +54,16 @@ def demo(model: str, out: Path, overrides: dict[str, str], gpus_per_client: floa
         shutil.rmtree(out)
     out.mkdir(parents=True)
     fetch()
-    data = quickstart_folder()
-    if not (data / "public.txt").is_file():
-        write_owner_files(data)
+    for folder, write in ((quickstart_folder(), write_owner_files), (books_folder(), write_book_files)):
+        if not (folder / "public.txt").is_file():  # written last
+            write(folder)
     settings: dict[str, object] = {}
     if model == "pico":
         from simulations.pico import pico_folder  # imports torch, which the other models' demo needn't do here
 
         pico_folder(progress=True)
         settings |= _flat(tomllib.loads(PICO.read_text(encoding="utf-8")))
-    settings |= {"model": model, "run.folder": str(out), "data.folder": str(data)}
+    settings |= {"model": model, "run.folder": str(out)}
     with local_flower(out / "flower", supernodes=len(OWNERS), gpus_per_client=gpus_per_client) as flower:
         code = flower.run(APP, settings | {key: _typed(value) for key, value in overrides.items()})
     if code or not (out / "report.json").is_file():

@@ -1,4 +1,4 @@
-"""A Flower SuperLink in simulation mode that lives as long as a ``with`` block, and runs of apps on it.
+"""Flower on this machine for as long as a ``with`` block lasts: a SuperLink of one's own, and runs of apps on it.
 
 Plain ``flwr run`` leaves a detached SuperLink behind for the next run. Scripts and tests use their own instead: own
 ``FLWR_HOME``, own port, stopped with all its children when the block ends.
@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,8 @@ QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+# Flower's programs start each other by bare name, so their folder must be on the path.
+PATHS = f"{BIN}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
 def free_port() -> int:
@@ -44,17 +46,29 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class LocalFlower:
-    """A running SuperLink: its environment, and the name of the connection to it."""
+    """A running SuperLink: its environment, the name of the connection to it, and its address as host:port."""
 
     environment: Mapping[str, str]
     connection: str
+    address: str
 
-    def run(self, app: Path, overrides: Mapping[str, object], stdout: int | None = None) -> int:
+    def run(
+        self, app: Path, overrides: Mapping[str, object], stdout: int | None = None, timeout: float | None = None
+    ) -> int:
         """``flwr run`` of the app folder, streamed to the terminal; returns the exit code."""
-        pairs = [f"{key}={_toml(value)}" for key, value in overrides.items()]
+        command = self.command(app, overrides)
+        done = subprocess.run(command, env=dict(self.environment), stdout=stdout, check=False, timeout=timeout)
+        return done.returncode
+
+    def command(self, app: Path, overrides: Mapping[str, object]) -> list[str]:
+        """The ``flwr run`` that :meth:`run` waits for."""
         command = [str(BIN / "flwr"), "run", str(app), self.connection, "--stream"]
-        command += ["--run-config", " ".join(pairs)] if pairs else []
-        return subprocess.run(command, env=dict(self.environment), stdout=stdout, check=False).returncode
+        return command + (["--run-config", config_text(overrides)] if overrides else [])
+
+
+def config_text(values: Mapping[str, object]) -> str:
+    """Key-value pairs as ``--run-config`` and ``--node-config`` want them: ``name="north" tune.max-steps=2``."""
+    return " ".join(f"{key}={_toml(value)}" for key, value in values.items())
 
 
 def _toml(value: object) -> str:
@@ -68,24 +82,44 @@ def local_flower(
     home: Path, supernodes: int, *, cpus_per_client: int = 1, gpus_per_client: float = 0.0
 ) -> Iterator[LocalFlower]:
     """Start a SuperLink with ``supernodes`` simulated nodes; logs go to ``home``/superlink.log."""
-    home.mkdir(parents=True, exist_ok=True)
-    port = free_port()
-    (home / "config.toml").write_text(
-        '[superlink]\ndefault = "here"\n[superlink.here]\n'
-        f'address = "127.0.0.1:{port}"\ninsecure = true\n'
+    options = (
         f"options.num-supernodes = {supernodes}\n"
         f"options.backend.client-resources.num-cpus = {cpus_per_client}\n"
         f"options.backend.client-resources.num-gpus = {gpus_per_client}\n"
     )
-    paths = f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"
-    environment = {**os.environ, **QUIET, "PATH": paths, "FLWR_HOME": str(home.absolute())}
-    command = [str(BIN / "flower-superlink"), "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
-    with (home / "superlink.log").open("ab") as log:
+    with superlink(home, ["--simulation"], options) as flower:
+        yield flower
+
+
+@contextmanager
+def superlink(home: Path, arguments: Sequence[str] = (), options: str = "") -> Iterator[LocalFlower]:
+    """Start a SuperLink on loopback, without TLS, for SuperNodes of this machine; logs go to ``home``/superlink.log.
+
+    ``arguments`` are more of the program's own, ``options`` more lines for the connection in ``home``/config.toml.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    address, log = f"127.0.0.1:{port}", home / "superlink.log"
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "{address}"\ninsecure = true\n{options}'
+    )
+    environment = {**os.environ, **QUIET, "PATH": PATHS, "FLWR_HOME": str(home.absolute())}
+    command = [str(BIN / "flower-superlink"), "--insecure", "--host", "127.0.0.1", "--port", str(port), *arguments]
+    with background(command, environment, log) as process:
+        _wait(f"http://{address}/health", process, log)
+        yield LocalFlower(environment, "here", address)
+
+
+@contextmanager
+def background(
+    command: Sequence[str], environment: Mapping[str, str], log: Path, cwd: Path | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process for as long as the block lasts, then ended with everything that it started; output goes to ``log``."""
+    with log.open("ab") as out:
         # A session of its own, so that one signal reaches the workers that it starts.
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, env=environment, cwd=cwd, stdout=out, stderr=out, start_new_session=True)
     try:
-        _wait(f"http://127.0.0.1:{port}/health", process, home / "superlink.log")
-        yield LocalFlower(environment, "here")
+        yield process
     finally:
         stop_group(process)
 

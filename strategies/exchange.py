@@ -98,7 +98,7 @@ def ask(
         journal.count(server_round, kind, "down", message.metadata.dst_node_id, message.content)
     good, bad = Mailing.of(messages).sort(grid.send_and_receive(messages, timeout=timeout))
     for answer in good:
-        journal.nodes.learn(answer.node, answer.message.content)
+        journal.learn(answer.node, answer.message.content)
         journal.count(server_round, kind, "up", answer.node, answer.message.content)
     return good, bad
 

@@ -50,6 +50,12 @@ class Journal:
     rounds: list[RoundRecord] = field(default_factory=list)
     nodes: NodeNames = field(default_factory=NodeNames)
 
+    def learn(self, node: int, content: RecordDict) -> None:
+        """Take a node's own name out of its reply; what was booked under its number before moves to that name."""
+        before = self.nodes[node]
+        self.nodes.learn(node, content)
+        self.ledger.rename(before, self.nodes[node])
+
     def begin(self, server_round: int) -> RoundRecord:
         """Start the record of a round."""
         self.rounds.append(RoundRecord(server_round))

@@ -280,7 +280,7 @@ class OffsiteTuning(Strategy):
     ) -> list[Answer]:
         answers, absent = outgoing.mailing.sort(replies)
         for answer in answers:
-            self.journal.nodes.learn(answer.node, answer.message.content)
+            self.journal.learn(answer.node, answer.message.content)
             self.journal.count(server_round, kind, "up", answer.node, answer.message.content)
             if config_of(answer.message.content).get(names.EVALUATES) is False:
                 self._without_validation.add(answer.node)

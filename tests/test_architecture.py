@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -209,3 +210,12 @@ def test_the_safety_scan_sees(text: str) -> None:
 
 def test_the_safety_scan_lets_ordinary_code_pass() -> None:
     assert not unsafe_uses("import json\nmodel.eval()\nAutoConfig.for_model('llama', trust_remote_code=False)")
+
+
+def test_the_tests_that_the_table_of_faults_names_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| (\d+) \|.*$", text, re.MULTILINE)
+    named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", text)
+    assert len(rows) >= 16 and len(named) >= len(rows)
+    missing = [f"{file}::{name}" for file, name in named if f"def {name}(" not in (ROOT / file).read_text()]
+    assert not missing

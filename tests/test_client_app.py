@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -241,13 +242,8 @@ def test_resume_with_the_real_data_owner(owner: ModelOwner, sites: dict[int, Any
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
-def test_reasons_reach_the_server(owner: ModelOwner, sites: dict[int, dict[str, Any]], tmp_path: Path) -> None:
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"text": "fine"}\n{"text": \n')
+def test_reasons_reach_the_server(owner: ModelOwner, sites: dict[int, dict[str, Any]]) -> None:
     faults = {
-        "DataError: this site names no data file": {"data": 1},
-        "doesn't exist": {"data": str(tmp_path / "none.txt")},
-        "bad.jsonl, line 2": {"data": str(bad)},
         "tune.lora-rank can't be set for one site": {"tune.lora-rank": 2},
         "did you mean 'batch-size'": {"tune.batchsize": 2},
     }
@@ -256,6 +252,30 @@ def test_reasons_reach_the_server(owner: ModelOwner, sites: dict[int, dict[str, 
     found = {dropped.node: dropped.reason for dropped in strategy.history[1].dropped}
     assert all(part in found[f"n{i}"] for i, part in enumerate(faults)), found
     assert not strategy.history[1].skipped  # the one good site counts
+
+
+def test_what_is_wrong_with_private_data_stays_at_the_site(
+    owner: ModelOwner, sites: dict[int, dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken, secret = tmp_path / "broken.jsonl", tmp_path / "secret.jsonl"
+    broken.write_text('{"text": "fine"}\n{"text": \n')
+    secret.write_text('{"text": {"patient": "John Doe"}}\n')
+    faults = {
+        "this site names no data file": {"data": 1},
+        "doesn't exist": {"data": str(tmp_path / "none.txt")},
+        "broken.jsonl, line 2": {"data": str(broken)},
+        "secret.jsonl, line 1, column 'text': a value of type dict": {"data": str(secret)},
+    }
+    nodes = {i: {**sites[500], "name": f"n{i}", **fault} for i, fault in enumerate(faults.values())}
+    logging.getLogger("flwr").addHandler(caplog.handler)
+    try:
+        strategy = federate(owner, {**nodes, 99: sites[501]}, 1)
+    finally:
+        logging.getLogger("flwr").removeHandler(caplog.handler)
+    found = {dropped.node: dropped.reason for dropped in strategy.history[1].dropped}
+    assert set(found.values()) == {f"DataError: {client_app.WITHHELD}"} and len(found) == len(faults)
+    assert all(part in caplog.text for part in faults)
+    assert "John" not in caplog.text
 
 
 def test_data_from_code_and_its_own_validation_split(owner: ModelOwner, sites: dict[int, dict[str, Any]]) -> None:

@@ -50,7 +50,8 @@ class Table:
         values = list(self.columns[column])
         for row, value in enumerate(values):
             if not isinstance(value, str):
-                found = "missing" if value is None else f"{value!r} ({type(value).__name__})"
+                # Its place and type, never the value: messages end up in logs, and data are private.
+                found = "missing" if value is None else f"a value of type {type(value).__name__}"
                 raise DataError(f"{self.where(row)}, column {column!r}: {found}, must be text")
         return values
 

@@ -19,9 +19,9 @@ class Quantize(EmulatorMethod):
     """Store the emulator's linear weights as packed int8 or int4; norms and biases stay as they are.
 
     ``bits`` is 8 or 4; with fewer a weight can't stand for the middle any more (at 1 bit a group is a constant).
-    ``group`` is the largest number of consecutive inputs of one output that share a scale, 0 lets each whole output have
-    one; a weight moves by at most half its group's scale, so larger groups lose more. Factors of a low-rank linear are quantised one by one. Quantised weights can't be trained,
-    so what trains the emulator (``distill``) comes before.
+    ``group`` is the largest number of consecutive inputs of one output that share a scale, 0 gives each output a single
+    one; a weight moves by at most half its group's scale, so larger groups lose more. Factors of a low-rank linear are
+    quantised one by one. Quantised weights can't be trained, so what trains the emulator (``distill``) comes before.
     """
 
     bits: int = 8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from offsite_fl.errors import DataError
@@ -63,6 +63,14 @@ class Ledger:
     def add(self, round: int, kind: Kind, direction: Direction, node: str | int, bytes: int) -> None:
         """Count ``bytes``; what has the same round, kind, direction and node (the shards of a bundle) is summed."""
         self._put(LedgerEntry(round, kind, direction, str(node), bytes))
+
+    def rename(self, node: str, name: str) -> None:
+        """Book under ``name`` what was booked under ``node``."""
+        if name != node and any(key[3] == node for key in self._bytes):
+            entries = list(self)
+            self._bytes.clear()
+            for entry in entries:
+                self._put(replace(entry, node=name) if entry.node == node else entry)
 
     def totals(self, *by: str) -> dict[tuple[Any, ...], int]:
         """Bytes by any of ``round``, ``kind``, ``direction``, ``node``: keys are tuples in the order asked for."""

@@ -11,10 +11,9 @@ import math
 import re
 import warnings
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -22,6 +21,9 @@ from offsite_fl.config import LoraOptions
 from offsite_fl.errors import ConfigError, UpdateError
 from offsite_fl.models.linears import linear_weight, named_linears, replace_module
 from offsite_fl.registry import near
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 _NAME = "default"  # peft's name for the only set of factors
 
@@ -38,9 +40,7 @@ class AdapterLora:
             block = self.blocks[slot]
             _inject(block, paths, options)
             for path in paths:
-                layer = block.get_submodule(path)
-                assert isinstance(layer, LoraLayer)
-                self._layers[f"adapter.{slot}.{path}"] = layer
+                self._layers[f"adapter.{slot}.{path}"] = cast("LoraLayer", block.get_submodule(path))
         self._start(seed)
 
     def _start(self, seed: int) -> None:
@@ -166,6 +166,9 @@ def check_factors(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str,
 def _inject(block: nn.Module, paths: list[str], options: LoraOptions) -> None:
     if not paths:
         return
+    # Here, not above: peft takes a second to import, which every message of a deployment would pay, LoRA or not.
+    from peft import LoraConfig, inject_adapter_in_model
+
     config = LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,  # type: ignore[arg-type]  # peft divides it, any number will do

@@ -2,8 +2,8 @@
 
     python -m simulations.pico      # make it, or say where it is
 
-It is an ordinary Hugging Face folder with a tokenizer of its own, made from the King James Bible alone, so that
-adapting it to Shakespeare is a change of domain.
+It is an ordinary Hugging Face folder with a tokenizer of its own, made from the public books of the King James
+Bible (law and histories); adapting it to the others (poetry, prophets, gospels, letters) is a change of domain.
 """
 
 from simulations.pico.make import pico_folder

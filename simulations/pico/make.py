@@ -10,7 +10,7 @@ from offsite_fl.config import cache_root
 from simulations.pico.pretrain import pretrain
 from simulations.pico.recipe import Recipe
 from simulations.pico.tokenizer import train_tokenizer
-from simulations.texts import bible
+from simulations.texts import public_books
 
 
 def pico_link() -> Path:
@@ -19,7 +19,7 @@ def pico_link() -> Path:
 
 
 def pico_folder(recipe: Recipe | None = None, *, text: str | None = None, progress: bool = True) -> Path:
-    """The folder of the model that ``recipe`` makes of ``text`` (default: the King James Bible).
+    """The folder of the model that ``recipe`` makes of ``text`` (default: the public books of the King James Bible).
 
     An ordinary Hugging Face folder, named by a digest of recipe and text. It appears by one rename, so it is whole or
     absent, also when two processes make it at once or one is ended half-way.
@@ -31,7 +31,7 @@ def pico_folder(recipe: Recipe | None = None, *, text: str | None = None, progre
     """
     default = recipe is None and text is None
     recipe = recipe or Recipe()
-    text = bible() if text is None else text
+    text = public_books() if text is None else text
     folder = cache_root() / f"pico-{recipe.digest(text)[:16]}"
     if not folder.is_dir():
         _make(folder, recipe, text, progress)

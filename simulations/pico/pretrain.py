@@ -34,25 +34,28 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LlamaForCau
         return LlamaForCausalLM(config)
 
 
-def grow(model: LlamaForCausalLM, depth: int) -> LlamaForCausalLM:
-    """A model of ``depth`` blocks in which each block of ``model`` comes several times in a row.
+def grow(model: LlamaForCausalLM, depth: int, seed: int = 0) -> LlamaForCausalLM:
+    """A model of ``depth`` blocks that begins close to ``model``, or where it was.
 
-    What a block writes back into the stream is divided among its copies, so that the deeper model begins close to where
-    the shallow one was.
+    Where ``depth`` is a multiple of the blocks there are, each comes several times in a row, and what it writes into
+    the stream is divided among its copies. Else new blocks go to both ends, as many to each, which write nothing yet.
     """
     shallow = model.config.num_hidden_layers
-    copies = depth // shallow
     config = LlamaConfig.from_dict(model.config.to_dict() | {"num_hidden_layers": depth, "layer_types": None})
-    grown = LlamaForCausalLM(config)
-    old, new = model.model.layers, grown.model.layers
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        grown = LlamaForCausalLM(config)
     rest = {name: value for name, value in model.state_dict().items() if ".layers." not in name}
     grown.load_state_dict(rest, strict=False)
+    copies, ends = (depth // shallow, 0) if depth % shallow == 0 else (1, (depth - shallow) // 2)
     with torch.no_grad():
-        for place in range(depth):
-            new[place].load_state_dict(old[place // copies].state_dict())
-            writers: tuple[nn.Linear, ...] = (new[place].self_attn.o_proj, new[place].mlp.down_proj)
+        for place, new in enumerate(grown.model.layers):
+            inside = ends <= place < depth - ends
+            if inside:
+                new.load_state_dict(model.model.layers[(place - ends) // copies].state_dict())
+            writers: tuple[nn.Linear, ...] = (new.self_attn.o_proj, new.mlp.down_proj)
             for linear in writers:
-                linear.weight.div_(copies)
+                linear.weight.mul_(1 / copies if inside else 0)
     return grown
 
 
@@ -62,7 +65,7 @@ def pretrain(recipe: Recipe, text: str, tokenizer: PreTrainedTokenizerBase, prog
     model, done = new_model(recipe, tokenizer), 0
     for depth, steps in recipe.stages:
         if depth != model.config.num_hidden_layers:
-            model = grow(model, depth)
+            model = grow(model, depth, recipe.seed)
         config = TuneConfig(
             max_steps=steps,
             lr=recipe.lr,

@@ -36,8 +36,9 @@ class Recipe:
     def __post_init__(self) -> None:
         depths = [depth for depth, _ in self.stages]
         check(bool(depths) and min(depths) >= 1, f"stages need at least one block each, got {self.stages}")
-        grows = all(after % before == 0 for before, after in itertools.pairwise(depths))
-        check(grows, f"each stage's blocks must be a multiple of those before, got {depths}")
+        pairs = list(itertools.pairwise(depths))
+        grows = all(after % before == 0 or (after > before and (after - before) % 2 == 0) for before, after in pairs)
+        check(grows, f"each stage's blocks must be a multiple of those before, or an even number more, got {depths}")
         check(min(steps for _, steps in self.stages) >= 1, f"every stage needs a step, got {self.stages}")
         check(self.hidden % self.heads == 0, f"hidden ({self.hidden}) must be a multiple of heads ({self.heads})")
         check(self.heads % self.kv_heads == 0, f"heads ({self.heads}) must be a multiple of kv-heads ({self.kv_heads})")

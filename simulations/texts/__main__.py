@@ -7,7 +7,7 @@ import sys
 from rich.console import Console
 
 from offsite_fl.errors import DataError
-from simulations.texts import fetch, quickstart_folder, write_owner_files
+from simulations.texts import books_folder, fetch, quickstart_folder, write_book_files, write_owner_files
 
 
 def main(arguments: list[str]) -> int:
@@ -17,7 +17,10 @@ def main(arguments: list[str]) -> int:
         with console.status("fetching the texts of the demo"):
             folder = fetch()
         console.print(f"texts: {folder}", soft_wrap=True)
-        for name, path in write_owner_files(arguments[0] if arguments else quickstart_folder()).items():
+        written = list(write_owner_files(arguments[0] if arguments else quickstart_folder()).items())
+        if not arguments:
+            written += write_book_files(books_folder()).items()
+        for name, path in written:
             console.print(f"{name}: {path} ({path.stat().st_size:,} bytes)", soft_wrap=True)
     except DataError as error:
         console.print(f"error: {error}", style="red", soft_wrap=True, markup=False)

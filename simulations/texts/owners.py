@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -88,15 +88,19 @@ def write_owner_files(folder: str | Path) -> dict[str, Path]:
     A line of a ``.jsonl`` file has ``text``, ``title`` and ``owner``. The lines of ``test.jsonl`` take turns between
     the owners, so that the first n of them are a fair sample.
     """
+    return write_files(folder, partition(), bible())
+
+
+def write_files(folder: str | Path, shares: Mapping[str, Share], public: str) -> dict[str, Path]:
+    """The files of :func:`write_owner_files` for any shares and public text."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    shares = partition()
     written = {
         owner: _write(folder / f"{owner}.jsonl", _lines(_rows(owner, share.train))) for owner, share in shares.items()
     }
     turns = zip_longest(*(_rows(owner, share.test) for owner, share in shares.items()))
     written["test"] = _write(folder / "test.jsonl", _lines(row for turn in turns for row in turn if row))
-    written["public"] = _write(folder / "public.txt", bible())
+    written["public"] = _write(folder / "public.txt", public)
     return written
 
 

@@ -88,7 +88,7 @@ def test_text_and_pairs_in_one_table(pico_tokenizer):
             "line 2, column 'answer': the answer",
         ),
         ('{"prompt": "", "answer": "b"}', "answer", "line 1, column 'prompt': prompt and answer make one token"),
-        ('{"prompt": 4, "answer": "b"}', "answer", r"line 1, column 'prompt': 4 \(int\), must be text"),
+        ('{"prompt": 4, "answer": "b"}', "answer", "line 1, column 'prompt': a value of type int, must be text"),
     ],
 )
 def test_wrong_columns_and_values(tmp_path, pico_tokenizer, content, loss_on, message):

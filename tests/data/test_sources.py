@@ -88,7 +88,7 @@ def test_not_a_file(tmp_path):
 
 def test_values_that_are_not_text_are_named_by_line_and_column(tmp_path):
     path = write(tmp_path, "a.jsonl", '{"text": "a"}\n\n{"text": 17}\n{"other": 1}\n')
-    with pytest.raises(DataError, match=r"a.jsonl, line 3, column 'text': 17 \(int\), must be text"):
+    with pytest.raises(DataError, match=r"a.jsonl, line 3, column 'text': a value of type int, must be text"):
         read_table(path).text("text")
     with pytest.raises(DataError, match="mixes values"):
         load_source(path)

@@ -99,3 +99,13 @@ def test_other_malformed_ledgers() -> None:
 )
 def test_bytes_for_people(count: int, text: str) -> None:
     assert human_bytes(count) == text
+
+
+def test_bytes_move_to_a_node_s_own_name() -> None:
+    ledger = Ledger()
+    ledger.add(1, "metrics", "down", "node-7", 10)
+    ledger.add(1, "bundle", "down", "north", 5)
+    ledger.add(1, "metrics", "down", "north", 3)
+    ledger.rename("node-7", "north")
+    ledger.rename("node-8", "south")
+    assert ledger.totals("node", "kind") == {("north", "metrics"): 13, ("north", "bundle"): 5}

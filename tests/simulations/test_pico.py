@@ -83,6 +83,17 @@ def test_grown_blocks_are_shares_of_the_shallow_ones(trained: LlamaForCausalLM) 
     assert (after - before).norm() < 0.5 * (elsewhere.logits - before).norm()
 
 
+def test_new_blocks_at_the_ends_change_nothing_yet(trained: LlamaForCausalLM) -> None:
+    grown = grow(trained, 6)
+    ids = torch.arange(32)[None]
+    with torch.no_grad():
+        assert torch.equal(trained(input_ids=ids).logits, grown(input_ids=ids).logits)
+    assert [bool(block.mlp.down_proj.weight.any()) for block in grown.model.layers] == [False, *[True] * 4, False]
+    assert bool(grown.model.layers[0].mlp.up_proj.weight.any())  # so that gradients reach the writers
+    other = grow(trained, 6, seed=1).model.layers[0].mlp.up_proj.weight
+    assert not torch.equal(grown.model.layers[0].mlp.up_proj.weight, other)
+
+
 def test_the_folder_is_made_once_and_opens_like_any_other(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = pico_folder(TINY, text=TEXT, progress=False)
     assert folder.parent == cache_dir and [p.name for p in cache_dir.iterdir()] == [folder.name]
@@ -94,6 +105,16 @@ def test_the_folder_is_made_once_and_opens_like_any_other(cache_dir: Path, monke
 
     monkeypatch.setattr(make, "pretrain", None)
     assert pico_folder(TINY, text=TEXT, progress=False) == folder
+
+
+def test_the_default_model_is_found_by_a_link(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make, "Recipe", lambda: TINY)
+    monkeypatch.setattr(make, "public_books", lambda: TEXT)
+    folder = pico_folder(progress=False)
+    assert make.pico_link().resolve() == folder.resolve() and make.pico_link().parent == cache_dir
+    monkeypatch.setattr(make, "Recipe", lambda: replace(TINY, seed=1))
+    other = pico_folder(progress=False)
+    assert other != folder and make.pico_link().resolve() == other.resolve()
 
 
 def test_recipe_and_text_name_the_folder() -> None:

@@ -2,15 +2,15 @@
 
 from flwr.app import Context
 
-from offsite_fl.client_app import make_client_app
+from offsite_fl.client_app import Data, load_from_node_config, make_client_app
 from offsite_fl.errors import ConfigError
 from quickstart.settings import DataPart
 
 
-def load_data(context: Context) -> str:
+def load_data(context: Context) -> Data:
     """This owner's file: by its own node config at a real site, by partition in a simulation."""
-    if "data" in context.node_config:
-        return str(context.node_config["data"])
+    if "data" in context.node_config or "partition-id" not in context.node_config:
+        return load_from_node_config(context)
     part = DataPart.of(context.run_config)
     index, count = (int(context.node_config[key]) for key in ("partition-id", "num-partitions"))
     if count > len(part.owners):

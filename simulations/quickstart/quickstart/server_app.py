@@ -160,11 +160,17 @@ def record(
             "calibration (public)": {"tokens": settings.main.calibration_tokens},
             **{owner: {"tokens tuned on": tokens} for owner, tokens in tokens_by_client(strategy).items()},
         },
-        notes=[
-            "Perplexities are on held-out works of the data owners' genres, never tuned on. One seed.",
-            "Full fine-tuning had the federation's number of sequential optimiser steps and of tokens, on pooled data.",
-        ],
+        notes=notes(settings),
     )
+
+
+def notes(settings: Settings) -> list[str]:
+    """What a reader of the numbers must know."""
+    found = ["Perplexities are on held-out works of the data owners' kinds, never tuned on. One seed."]
+    if settings.baseline.run:
+        steps = "Full fine-tuning had the federation's number of sequential optimiser steps and of tokens"
+        found.append(f"{steps}, on pooled data, at lr {settings.baseline.lr:g}.")
+    return found
 
 
 def tokens_by_client(strategy: OffsiteTuning) -> dict[str, int]:

@@ -44,6 +44,7 @@ class DataPart:
     """Whose files, and where."""
 
     folder: str
+    corpus: str
     owners: tuple[str, ...]
 
     @classmethod
@@ -53,7 +54,7 @@ class DataPart:
 
     def file(self, stem: str, suffix: str = ".jsonl") -> Path:
         """Path of one file; ``DataError`` if it isn't there."""
-        folder = Path(self.folder) if self.folder else cache_root() / "quickstart"
+        folder = Path(self.folder) if self.folder else cache_root() / self.corpus
         path = folder / f"{stem}{suffix}"
         if not path.is_file():
             raise DataError(f"{path} is missing: run `make texts`, or set data.folder to a folder with your own files")

@@ -1,0 +1,55 @@
+"""The quickstart on simulated nodes: the report, the cache, and a run that was stopped and resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from offsite_fl.config import CACHE_VARIABLE
+from offsite_fl.evaluation.record import RunReport
+from offsite_fl.evaluation.rows import ROW_KEYS
+from offsite_fl.update import Update
+from simulations.local_flower import LocalFlower, local_flower
+from tests.e2e.conftest import APP, OWNERS, PATIENCE, SETTINGS, running, write_data, write_model
+
+
+def run(flower: LocalFlower, ground: Path, name: str, **more: object) -> RunReport:
+    """A run of the quickstart into the folder ``name``; both owners must have been in each of its rounds."""
+    folder = ground / name
+    settings = {"model": ground / "model", "data.folder": ground / "data", "run.folder": folder}
+    assert flower.run(APP, SETTINGS | settings | more, timeout=PATIENCE) == 0
+    report = RunReport.read(folder)
+    for entry in report.rounds[1:]:
+        assert set(entry.clients) == set(OWNERS)
+        assert not entry.dropped and not entry.skipped
+    return report
+
+
+def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
+    ground: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(ground / "cache"))  # simulated nodes share one
+    write_model(ground / "model")
+    write_data(ground / "data")
+    with local_flower(ground / "flower", supernodes=len(OWNERS)) as flower:
+        whole = run(flower, ground, "whole")
+        assert any("flower-superlink" in line for line in running(ground))  # it can be found while it runs
+        half = run(flower, ground, "halves", **{"num-server-rounds": 1})
+        halves = run(flower, ground, "halves", **{"run.resume": True})
+
+    assert [key for key, _ in whole.rows] == list(ROW_KEYS)
+    assert [len(report.rounds) for report in (whole, half, halves)] == [1 + 2, 1 + 1, 1 + 2]
+    page = (ground / "whole" / "report.html").read_text()
+    assert page.startswith("<!DOCTYPE html>") and "full fine-tuning" in page
+
+    assert whole.ledger.total(round=1, kind="bundle") > 0
+    assert whole.ledger.total(round=2, kind="bundle") == 0
+    # Other runs, the same bundle: the nodes have it already.
+    assert half.ledger.total(kind="bundle") == halves.ledger.total(kind="bundle") == 0
+
+    assert halves.rows.plug_in == whole.rows.plug_in != half.rows.plug_in
+    tensors, resumed = (Update.load(ground / name / "update.safetensors").tensors for name in ("whole", "halves"))
+    assert tensors.keys() == resumed.keys()
+    assert all(torch.equal(tensors[name], resumed[name]) for name in tensors)
