@@ -14,21 +14,23 @@ from offsite_fl.config import check
 class Recipe:
     """Size and training of the small model. The budget is steps, not seconds: load on the machine changes nothing.
 
-    ``stages`` are (blocks, optimiser steps). The first stage trains a shallow model, every later one begins with each
-    block of the one before repeated: a deep model trained from nothing learns little more than word counts in so short
-    a time, and its middle blocks nothing at all.
+    ``stages`` are (blocks, optimiser steps). The first stage trains a shallow model, each later one begins with the one
+    before grown (:func:`~simulations.pico.pretrain.grow`), by default first every block doubled and then two new ones
+    at each end: a deep model trained from nothing learns little more than word counts in so short a time, and its
+    middle blocks nothing at all. The vocabulary is small so that words must be put together from pieces, which needs
+    the middle.
     """
 
     hidden: int = 128
     mlp: int = 384
     heads: int = 4
     kv_heads: int = 2
-    vocabulary: int = 2048
+    vocabulary: int = 512
     positions: int = 512
-    stages: tuple[tuple[int, int], ...] = ((3, 400), (6, 150), (12, 100))
+    stages: tuple[tuple[int, int], ...] = ((4, 400), (8, 200), (12, 200))
     block_size: int = 128
     batch_size: int = 4
-    lr: float = 4e-3
+    lr: float = 3e-3
     warmup_steps: int = 20
     weight_decay: float = 0.1
     seed: int = 0

@@ -28,6 +28,7 @@ TINY = Recipe(
     positions=64,
     stages=((1, 6), (2, 3), (4, 3)),
     block_size=32,
+    lr=6e-3,
     batch_size=2,
 )
 

