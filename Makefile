@@ -46,10 +46,10 @@ pico: venv ## Make the small language model in the cache (at most two minutes), 
 demo: venv ## Five rows about a model tuned by four data owners; MODEL=smollm2 or MODEL=pico
 	$(BIN)/python -m simulations.demo --model $(MODEL) $(DEMO)
 
-test: venv ## Run the fast tests
+test: venv ## Run the tests
 	$(PYTEST) -m 'not slow'
 
-test-all: venv ## Run all tests, those with real models and processes too
+test-all: venv ## Run all tests, the slow ones with the real model too
 	$(PYTEST)
 
 lint: .venv/.installed ## Check style, format and types

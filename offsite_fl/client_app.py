@@ -22,7 +22,7 @@ from flwr.clientapp.mod import LocalDpMod
 from flwr.clientapp.typing import ClientAppCallable, Mod
 
 from offsite_fl.bundle import Cache
-from offsite_fl.config import FrozenDtype, TuneConfig
+from offsite_fl.config import TuneConfig
 from offsite_fl.data.examples import split_examples, to_examples
 from offsite_fl.data.sources import Source
 from offsite_fl.data_owner import DataOwner
@@ -242,7 +242,7 @@ class _Site:
         if codec != "fp32" and (self.local_noise or names.CLIPPING_NORM in config):
             raise WireError(f"codec {codec!r} hides the values from the privacy mod, which needs fp32")
         tune = tune_from_config(config, context.node_config, self.name(context))
-        owner = _networks.open(self._cache(context), digest, tune.frozen_dtype)
+        owner = _networks.open(self._cache(context), digest, tune)
         owner.reset()  # nothing of another virtual client's round may stay
         known = _reference(owner, tune)
         # In the order of the message: Flower's privacy mods compare the lists of keys.
@@ -282,20 +282,20 @@ class _Networks:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self._open: dict[tuple[str, str], DataOwner] = {}
+        self._open: dict[tuple[str, str, str | None], DataOwner] = {}
 
-    def open(self, cache: Cache, digest: str, frozen_dtype: FrozenDtype) -> DataOwner:
+    def open(self, cache: Cache, digest: str, tune: TuneConfig) -> DataOwner:
         """The data owner of a bundle in ``cache``; ``BundleMissing`` if it isn't there.
 
         A digest is the same bundle in every cache, so virtual clients with caches of their own share it too.
         """
-        key = (digest, frozen_dtype)
+        key = (digest, tune.frozen_dtype, tune.device)
         if key not in self._open:
             bundle = cache.find(digest)
             if bundle is None:
                 raise BundleMissing(f"bundle {digest[:12]} isn't in the cache {cache.root}")
             self._open.clear()
-            self._open[key] = DataOwner.open(bundle, frozen_dtype)
+            self._open[key] = DataOwner.open(bundle, tune.frozen_dtype, tune.device)
         return self._open[key]
 
     def clear(self) -> None:

@@ -115,10 +115,6 @@ class TuneConfig:
         check(0 <= self.validation_share < 1, f"validation-share must lie in [0, 1), got {self.validation_share}")
         if self.patience is not None:
             check(self.patience >= 1, f"patience must be at least 1, got {self.patience}")
-            check(
-                self.validation_share > 0,
-                "patience needs validation-share above 0: early stop watches the data owner's own validation split",
-            )
         _ = self.lora
 
     @property

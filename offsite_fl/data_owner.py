@@ -22,7 +22,7 @@ from offsite_fl.data.sources import Source
 from offsite_fl.errors import UpdateError
 from offsite_fl.evaluation.loss import LossResult, evaluate_loss
 from offsite_fl.models.network import NetworkPlan, adapter_parameters, build_network, fill_network, place_blocks
-from offsite_fl.tuning.dtypes import prepare_dtypes
+from offsite_fl.tuning.dtypes import prepare_dtypes, resolve_device
 from offsite_fl.tuning.lora import AdapterLora, add_lora
 from offsite_fl.tuning.tune import tune
 from offsite_fl.update import Update
@@ -35,18 +35,21 @@ class DataOwner:
     >>> update = data_owner.tune("notes.jsonl", TuneConfig(epochs=1))  # doctest: +SKIP
     """
 
-    def __init__(self, bundle: Bundle, frozen_dtype: FrozenDtype = "auto") -> None:
+    def __init__(self, bundle: Bundle, frozen_dtype: FrozenDtype = "auto", device: str | None = None) -> None:
         self.bundle = bundle
-        self.model = network_of(bundle, frozen_dtype)
+        self.model = network_of(bundle, frozen_dtype, device)
         self._received = {name: p.detach().clone() for name, p in self._parameters().items()}
 
     @classmethod
-    def open(cls, bundle: str | Path | Bundle, frozen_dtype: FrozenDtype = "auto") -> DataOwner:
+    def open(
+        cls, bundle: str | Path | Bundle, frozen_dtype: FrozenDtype = "auto", device: str | None = None
+    ) -> DataOwner:
         """Verify a bundle folder and build its network; ``BundleError`` says what is wrong with a bad one.
 
-        ``frozen_dtype``: of the tensors that aren't trained; "auto" is bf16 where CUDA is found, else fp32.
+        ``frozen_dtype``: of the tensors that aren't trained; "auto" is bf16 where ``device`` (None: the best one that
+        is found) is a CUDA device, else fp32. The network is moved there when it is tuned or evaluated.
         """
-        return cls(bundle if isinstance(bundle, Bundle) else open_bundle(bundle), frozen_dtype)
+        return cls(bundle if isinstance(bundle, Bundle) else open_bundle(bundle), frozen_dtype, device)
 
     @property
     def plan(self) -> NetworkPlan:
@@ -96,8 +99,10 @@ class DataOwner:
     ) -> AdapterLora:
         """LoRA factors inside the adapter (:mod:`peft`), fresh from ``seed`` or with the given values.
 
-        The result's ``remove()`` takes them out again; adapter values themselves stay frozen meanwhile.
+        The adapter goes back to the values that came in the bundle, for these are what the owner merges factors into.
+        The result's ``remove()`` takes the factors out again; adapter values themselves stay frozen meanwhile.
         """
+        self.reset()
         inside = add_lora(self._adapter_blocks(), options, seed)
         if factors is not None:
             inside.load(factors)
@@ -118,7 +123,8 @@ class DataOwner:
             config: how; ``config.lora_rank`` above 0 tunes LoRA factors only and returns those.
             validation: data to watch for early stopping; else ``config.validation_share`` of ``source`` is set aside.
             start: values to begin with, as an earlier :class:`Update` carries them; None begins with the adapter as it
-                is now (with fresh factors under LoRA). The proximal term, if any, pulls towards these.
+                is now (under LoRA: with fresh factors on the adapter that came in the bundle). The proximal term, if
+                any, pulls towards these.
         """
         config = config or TuneConfig()
         train = self._examples(source, config)
@@ -149,10 +155,11 @@ class DataOwner:
         """Loss of the emulator with the adapter as it is now; ``config`` says how to cut ``source`` into batches."""
         config = config or TuneConfig()
         batches = make_loader(self._examples(source, config), config.batch_size, pad_id=self.pad_id)
-        return evaluate_loss(self.model, batches)
+        device = resolve_device(config)
+        return evaluate_loss(self.model.to(device), batches, device)
 
 
-def network_of(bundle: Bundle, frozen_dtype: FrozenDtype = "auto") -> nn.Module:
+def network_of(bundle: Bundle, frozen_dtype: FrozenDtype = "auto", device: str | None = None) -> nn.Module:
     """The network of a bundle: frozen tensors straight from the files, adapter fp32 and private.
 
     Where ``frozen_dtype`` isn't that of the files, frozen tensors are cast; packed weights and their scales never are.
@@ -163,5 +170,7 @@ def network_of(bundle: Bundle, frozen_dtype: FrozenDtype = "auto") -> nn.Module:
         # Adapter values are cloned: training writes to them, while the files are mapped into every client.
         tensors[name] = tensor.to(torch.float32, copy=True) if name.startswith("adapter.") else tensor
     fill_network(network, bundle.plan, tensors)
-    prepare_dtypes(network, adapter_parameters(network, bundle.plan), TuneConfig(frozen_dtype=frozen_dtype))
+    prepare_dtypes(
+        network, adapter_parameters(network, bundle.plan), TuneConfig(frozen_dtype=frozen_dtype, device=device)
+    )
     return network

@@ -22,6 +22,7 @@ from offsite_fl.errors import DataError, UpdateError
 from offsite_fl.evaluation.loss import LossResult, evaluate_loss
 from offsite_fl.evaluation.rows import Row
 from offsite_fl.owner import ModelOwner
+from offsite_fl.tuning.dtypes import resolve_device
 from offsite_fl.tuning.tune import tune
 
 Tensors = Mapping[str, torch.Tensor]
@@ -37,6 +38,8 @@ class Measure:
         batch_size: examples of a batch; no influence on the numbers beyond rounding.
         max_tokens: use only the first so many tokens (None: all).
         loss_on: "all" tokens or the "answer" only, as in tuning.
+        device: where both networks are measured, in fp32; None lets accelerate's order decide (CUDA, MPS, CPU). The
+            owner's model is moved there.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Measure:
         max_tokens: int | None = None,
         loss_on: LossOn = "all",
         progress: bool = False,
+        device: str | None = None,
     ) -> None:
         if owner.bundle is None:
             raise UpdateError("the owner has no bundle to measure: call make_bundle() or use_bundle() first")
@@ -59,7 +63,10 @@ class Measure:
             examples = examples.select(range(min(len(examples), max(1, max_tokens // block_size))))
         pad = owner.tokenizer.pad_token_id or 0
         self.batches = list(make_loader(examples, batch_size, pad_id=pad))
-        self._data_owner = DataOwner.open(owner.bundle)
+        self.device = resolve_device(TuneConfig(device=device))
+        # fp32 like the full model, so that the rows differ by what they are about and not by their dtype.
+        self._data_owner = DataOwner.open(owner.bundle, "float32")
+        owner.model.to(self.device)
 
     @property
     def tokens(self) -> int:
@@ -67,7 +74,7 @@ class Measure:
         return sum(int(batch["attention_mask"].sum()) for batch in self.batches)
 
     def _row(self, model: torch.nn.Module) -> Row:
-        result: LossResult = evaluate_loss(model, self.batches, progress=self.progress)
+        result: LossResult = evaluate_loss(model.to(self.device), self.batches, self.device, progress=self.progress)
         return Row(loss=result.loss)
 
     def full_zero_shot(self) -> Row:

@@ -11,7 +11,7 @@ import copy
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,21 @@ from datasets import Dataset  # type: ignore[import-untyped,unused-ignore]
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from offsite_fl.bundle import Bundle, OwnerMap, fingerprint, open_bundle, write_bundle
-from offsite_fl.config import LoraOptions
+from offsite_fl.bundle import SHARD_BYTES, Bundle, OwnerMap, fingerprint, open_bundle, write_bundle
+from offsite_fl.config import LoraOptions, TuneConfig
 from offsite_fl.data.examples import split_examples, to_examples
 from offsite_fl.data.loader import make_loader
 from offsite_fl.data.sources import Source
 from offsite_fl.data_owner import network_of
 from offsite_fl.emulators import Batch, Context, Emulator, EmulatorMethod, parse_emulator, start
 from offsite_fl.emulators.report import EmulatorReport, emulator_report
-from offsite_fl.errors import SplitError, UpdateError
+from offsite_fl.errors import ModelError, SplitError, UpdateError
 from offsite_fl.models.blocks import Blocks, block_list, find_blocks
 from offsite_fl.models.load import load_model
 from offsite_fl.models.network import NetworkPlan, expected_tensors, plan_network, shared_tensors
 from offsite_fl.models.plug import adapter_tensors, plug_in, swapped_in
 from offsite_fl.models.split import Split
+from offsite_fl.tuning.dtypes import resolve_device
 from offsite_fl.tuning.lora import add_lora, merge_lora
 from offsite_fl.update import Update
 
@@ -54,19 +55,31 @@ class ModelOwner:
         *,
         task: str = "causal-lm",
     ) -> None:
+        if hasattr(model, "peft_config"):
+            raise ModelError(
+                "the model is wrapped by PEFT, and its factors can't leave as blocks: merge them first, by "
+                "model.merge_and_unload()"
+            )
         self.model, self.tokenizer, self.task = model.eval(), tokenizer, task
         self.split = split or Split()
         self.blocks: Blocks = find_blocks(model)
         self.adapter_indices: tuple[int, ...] = self.split.resolve(self.blocks.depth)
         self.report: EmulatorReport | None = None
+        self.emulator = ""
         self.bundle: Bundle | None = None
         self._handed_out = self.adapter()
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, split: Split | None = None, *, task: str = "causal-lm") -> ModelOwner:
-        """Load a full model from a folder, a hub id, or ``"smollm2"`` (the one that a Python package ships)."""
+    def from_pretrained(
+        cls, path: str | Path, split: Split | None = None, *, task: str = "causal-lm", device: str | None = None
+    ) -> ModelOwner:
+        """Load a full model from a folder, a hub id, or ``"smollm2"`` (the one that a Python package ships).
+
+        The emulator is made on ``device`` (None: CUDA or MPS where there is one, else the CPU).
+        """
         model, tokenizer = load_model(path, task)
-        return cls(model, tokenizer, split, task=task)
+        module: nn.Module = model
+        return cls(module.to(resolve_device(TuneConfig(device=device))), tokenizer, split, task=task)
 
     # What leaves the house -------------------------------------------------------------------------------------
 
@@ -79,6 +92,7 @@ class ModelOwner:
         calibration_tokens: int = 8192,
         block_size: int = 128,
         dtype: torch.dtype | None = None,
+        shard_bytes: int | str = SHARD_BYTES,
         seed: int = 0,
         workdir: str | Path | None = None,
         progress: bool = False,
@@ -92,6 +106,7 @@ class ModelOwner:
                 the report; never a data owner's.
             calibration_tokens: how much of it is used; an eighth is held out for methods that validate.
             dtype: of emulator and shared tensors in the files; None keeps the model's. Adapter values are never cast.
+            shard_bytes: bound of one file, an int or text like ``"256MB"``.
             seed: of everything random in the method.
             workdir: where long methods keep what they need to resume.
         """
@@ -101,8 +116,10 @@ class ModelOwner:
         built = method.compress(start(context), context)
         self.report = emulator_report(built, context, seconds=round(time.perf_counter() - began, 2))
         plan = self._plan(built)
-        bundle = write_bundle(out, plan, self._tensors(built, plan, dtype), self.tokenizer)
-        self._map(built, bundle, str(method)).save(bundle.path)
+        bundle = write_bundle(out, plan, self._tensors(built, plan, dtype), self.tokenizer, shard_bytes=shard_bytes)
+        self.report = replace(self.report, bytes=_emulator_bytes(bundle))  # as written: ``dtype`` may have cast them
+        self.emulator = str(method)
+        self._map(built, bundle).save(bundle.path)
         self._remember(bundle)
         return bundle
 
@@ -168,7 +185,7 @@ class ModelOwner:
         adapter = [(f"adapter.{slot}.", stack[index]) for slot, index in enumerate(self.adapter_indices)]
         return adapter + [(f"emulator.{slot}.", block.module) for slot, block in enumerate(emulator.blocks)]
 
-    def _map(self, emulator: Emulator, bundle: Bundle, spec: str) -> OwnerMap:
+    def _map(self, emulator: Emulator, bundle: Bundle) -> OwnerMap:
         """The owner's private note: which tensor of the bundle came from where in the full model."""
         sources = [*self.adapter_indices, *(block.origin for block in emulator.blocks)]
         slots = {
@@ -182,10 +199,13 @@ class ModelOwner:
             adapter=self.adapter_indices,
             slots=slots,
             split=str(self.split),
-            emulator=spec,
-            fingerprint=fingerprint(self.model.state_dict()),
+            emulator=self.emulator,
+            fingerprint=fingerprint(self.model.state_dict(), self._adapter_paths()),
             report=asdict(self.report) if self.report else {},
         )
+
+    def _adapter_paths(self) -> tuple[str, ...]:
+        return tuple(f"{self.blocks.path}.{index}." for index in self.adapter_indices)
 
     def use_bundle(self, path: str | Path | Bundle) -> Bundle:
         """Take up a bundle that this owner made earlier; its map must fit this model and split."""
@@ -195,6 +215,7 @@ class ModelOwner:
         if note.adapter != self.adapter_indices:
             raise SplitError(f"the bundle was made with split {note.split}, this owner has {self.split}")
         self._remember(bundle)
+        self.emulator, self.report = note.emulator, EmulatorReport(**note.report) if note.report else None
         return bundle
 
     def _remember(self, bundle: Bundle) -> None:
@@ -266,3 +287,7 @@ class ModelOwner:
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         return folder
+
+
+def _emulator_bytes(bundle: Bundle) -> int:
+    return sum(entry.bytes for name, entry in bundle.manifest.tensors().items() if name.startswith("emulator."))

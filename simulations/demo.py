@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run it; 0 if the report was written, 1 with the reason in red if not."""
     parser = argparse.ArgumentParser(prog="python -m simulations.demo", description=__doc__)
     parser.add_argument("--model", default="smollm2", help="smollm2 (135 M parameters), pico (made here), or a folder")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the report; emptied first")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the report, emptied first")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the app's run config")
     parser.add_argument("--gpus-per-client", type=float, default=0.0, help="share of a GPU a client (docs/gpu.md)")
     options = parser.parse_args(arguments)
@@ -51,6 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
 def demo(model: str, out: Path, overrides: dict[str, str], gpus_per_client: float = 0.0) -> RunReport:
     """Prepare data and model, run the app, read the report back."""
     if out.exists():
+        if any(out.iterdir()) and not (out / "flower").is_dir():
+            raise OffsiteError(f"{out} isn't the folder of an earlier demo and won't be emptied; give another --out")
         shutil.rmtree(out)
     out.mkdir(parents=True)
     fetch()

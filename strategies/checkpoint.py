@@ -64,6 +64,8 @@ class Checkpoint:
             # ascontiguousarray makes 1-d of 0-d, reshape undoes it
             plain = {name: np.ascontiguousarray(a).reshape(a.shape) for name, a in self.arrays.items()}
             save_file(plain, stage / ARRAYS)
+            with (stage / ARRAYS).open("rb") as file:
+                os.fsync(file.fileno())
             self._write_table(stage, _sha256(stage / ARRAYS))
             if folder.exists():  # the same round once more, after a resume from an earlier one
                 shutil.rmtree(folder)
@@ -106,6 +108,12 @@ def existing(run_dir: Path) -> list[int]:
         return []
     found = ((_ROUND.fullmatch(path.name), path) for path in folder.iterdir())
     return sorted(int(match[1]) for match, path in found if match and (path / TABLE).is_file())
+
+
+def check_unused(run_dir: Path) -> None:
+    """``CheckpointError`` if ``run_dir`` holds a run, which a new one would write over."""
+    if rounds := existing(run_dir):
+        raise CheckpointError(f"{run_dir} holds a run of {rounds[-1]} rounds; resume it or take another folder")
 
 
 def latest(run_dir: Path) -> Checkpoint | None:

@@ -20,7 +20,7 @@ from offsite_fl.evaluation.rows import Row
 
 from . import snapshot
 from .central import EMULATOR_LOSS, PLUG_IN_LOSS, EvaluateFn
-from .checkpoint import Checkpoint, check_settings, existing, latest
+from .checkpoint import Checkpoint, check_settings, check_unused, latest
 from .journal import log
 from .rng import rng_state, set_rng_state
 
@@ -158,9 +158,7 @@ def _resume(strategy: OffsiteTuning, result: Result) -> Checkpoint | None:
     if folder is None:
         return None
     if not strategy.resume:
-        if existing(folder):
-            rounds = existing(folder)[-1]
-            raise CheckpointError(f"{folder} holds a run of {rounds} rounds; resume it or take another folder")
+        check_unused(folder)
         return None
     found = latest(folder)
     if found is None:

@@ -24,6 +24,9 @@ from .outgoing import Form
 
 Tensors = Mapping[str, torch.Tensor]
 
+# No data owner has more examples; sums of such weights stay exact, while huge ones would make every average zero.
+MAX_WEIGHT = 1e12
+
 
 @dataclass(frozen=True)
 class Expected:
@@ -126,8 +129,8 @@ def _metrics(reply: Message, weight_key: str) -> tuple[str, MetricRecord]:
         if isinstance(value, list) or not math.isfinite(value):
             raise WireError(f"metric {ascii(name)[:60]} is {_shown(value)}, must be one finite number")
     weight = metrics[weight_key]
-    if isinstance(weight, list) or weight <= 0:
-        raise WireError(f"metric {weight_key!r} is {_shown(weight)}, must be above 0")
+    if isinstance(weight, list) or not 0 < weight <= MAX_WEIGHT:
+        raise WireError(f"metric {weight_key!r} is {_shown(weight)}, must be above 0 and at most {MAX_WEIGHT:.0e}")
     return key, MetricRecord(dict(metrics))
 
 

@@ -132,7 +132,6 @@ def test_a_missing_setting_is_named() -> None:
         {"eval_every": 0},
         {"schedule_steps": 0},
         {"patience": 0, "validation_share": 0.1},
-        {"patience": 2},
         {"lora_rank": -1},
         {"seed": -1},
         {"seed": 2**63},

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -16,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from offsite_fl.bundle import OwnerMap
 from offsite_fl.config import LoraOptions, TuneConfig
 from offsite_fl.data_owner import DataOwner
-from offsite_fl.errors import BundleError, SplitError, UpdateError
+from offsite_fl.errors import BundleError, ModelError, SplitError, UpdateError
 from offsite_fl.models.plug import adapter_tensors
 from offsite_fl.models.split import Split
 from offsite_fl.owner import ModelOwner
@@ -216,3 +218,38 @@ def test_causal_masks_of_old_checkpoints_are_dropped(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(owner.model(input_ids=ids).logits, model(input_ids=ids).logits)
         assert torch.equal(DataOwner.open(bundle).model(input_ids=ids).logits, owner.emulated()(input_ids=ids).logits)
+
+
+def test_lora_after_full_tuning_is_worth_the_same_on_both_sides(owner: ModelOwner, tmp_path: Path) -> None:
+    data_owner = DataOwner.open(owner.make_bundle("layer-drop:keep=2", tmp_path / "bundle"))
+    data_owner.tune(TEXT, FAST)
+    update = data_owner.tune(TEXT, replace(FAST, lora_rank=2))
+    fresh = DataOwner.open(tmp_path / "bundle").tune(TEXT, replace(FAST, lora_rank=2))
+    assert all(torch.equal(update.tensors[name], fresh.tensors[name]) for name in fresh.tensors)
+
+
+def test_a_taken_up_bundle_brings_its_report(owner: ModelOwner, tmp_path: Path) -> None:
+    owner.make_bundle("quantize:bits=8,group=16", tmp_path / "bundle", dtype=torch.bfloat16, shard_bytes="16KB")
+    report, spec = owner.report, owner.emulator
+    written = [shard for shard in owner.bundle.manifest.shards if shard.kind == "emulator"]  # type: ignore[union-attr]
+    assert report is not None and len(written) > 1
+    assert report.bytes == sum(entry.bytes for shard in written for entry in shard.tensors.values())
+    again = ModelOwner(owner.model, owner.tokenizer, owner.split)
+    again.use_bundle(tmp_path / "bundle")
+    assert (again.report, again.emulator) == (report, spec) and spec == "quantize:group=16"
+
+
+def test_another_model_of_the_same_shape_is_noticed(owner: ModelOwner, tmp_path: Path) -> None:
+    bundle = owner.make_bundle("layer-drop:keep=2", tmp_path / "bundle")
+    other = ModelOwner(make_pico("llama", seed=1), owner.tokenizer, owner.split)
+    with pytest.raises(BundleError, match="another full model"):
+        other.use_bundle(bundle)
+    owner.plug_in(DataOwner.open(bundle).tune(TEXT, FAST))
+    owner.use_bundle(bundle)  # adapted, it is still the model that the bundle was made of
+
+
+def test_a_peft_wrapper_is_to_be_merged_first(pico_llama: nn.Module, pico_tokenizer: PreTrainedTokenizerFast) -> None:
+    wrapped = get_peft_model(pico_llama, LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ModelError, match="merge_and_unload"):
+        ModelOwner(wrapped, pico_tokenizer)
+    ModelOwner(wrapped.merge_and_unload(), pico_tokenizer)

@@ -6,9 +6,10 @@ from offsite_fl.bundle.limits import Limits
 from offsite_fl.bundle.manifest import Manifest
 from offsite_fl.bundle.owner_map import OwnerMap, fingerprint
 from offsite_fl.bundle.read import Bundle, BundleTensors, open_bundle
-from offsite_fl.bundle.write import write_bundle
+from offsite_fl.bundle.write import SHARD_BYTES, write_bundle
 
 __all__ = [
+    "SHARD_BYTES",
     "Bundle",
     "BundleTensors",
     "Cache",

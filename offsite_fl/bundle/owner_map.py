@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from offsite_fl.errors import BundleError
 
 FORMAT_VERSION = 1
 SUFFIX = ".owner.json"
+SAMPLE = 64  # values of each frozen tensor that the fingerprint looks at
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,25 @@ class OwnerMap:
         """Check that the map belongs to the bundle ``digest`` and to the full model with state dict ``model``."""
         if digest is not None and digest != self.digest:
             raise BundleError(f"the owner map is for bundle {self.digest}, not for {digest}")
-        if model is not None and fingerprint(model) != self.fingerprint:
+        adapter = tuple(f"{self.blocks_path}.{index}." for index in self.adapter)
+        if model is not None and fingerprint(model, adapter) != self.fingerprint:
             raise BundleError(
-                "the owner map was made for another full model: names, shapes or dtypes of the tensors differ"
+                "the owner map was made for another full model: names, shapes, dtypes or frozen values of the tensors "
+                "differ"
             )
 
 
-def fingerprint(state: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over sorted names, shapes and dtypes of a state dict: tells models apart cheaply, not their values."""
-    lines = sorted(f"{name} {list(tensor.shape)} {tensor.dtype}" for name, tensor in state.items())
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+def fingerprint(state: Mapping[str, torch.Tensor], adapter: Sequence[str] = ()) -> str:
+    """SHA-256 over names, shapes and dtypes of a state dict, and over the first values of each frozen tensor.
+
+    ``adapter`` are beginnings of the names whose values may change, so that an adapted model is still that model.
+    """
+    total = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        total.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        if not name.startswith(tuple(adapter)):
+            total.update(tensor.flatten()[:SAMPLE].double().cpu().numpy().tobytes())
+    return total.hexdigest()
 
 
 def _refuse_inside(target: Path, bundle: Path) -> None:

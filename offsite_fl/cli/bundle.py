@@ -36,6 +36,7 @@ def bundle(
     dtype: Annotated[
         str | None, typer.Option(help=f"Of emulator and shared tensors in the files: {', '.join(DTYPES)}.")
     ] = None,
+    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Bound of one file of weights.")] = "256MB",
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything random in the method.")] = 0,
     workdir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where long methods keep what they need to resume.")
@@ -51,12 +52,14 @@ def bundle(
     split, stages = split_of(first, last, at), Stages()
     with stages("getting ready"):
         from offsite_fl.bundle import OwnerMap
+        from offsite_fl.bundle.limits import parse_bytes
         from offsite_fl.bundle.write import check_target
         from offsite_fl.emulators import parse_emulator
         from offsite_fl.owner import ModelOwner
 
         # Before the long work, which would be lost.
         method, kept = parse_emulator(emulator), dtype_of(dtype)
+        parse_bytes(shard_size)
         check_writable(out)
         check_target(out)
     with stages(f"opening {model}"):
@@ -69,6 +72,7 @@ def bundle(
             calibration_tokens=calibration_tokens,
             block_size=block_size,
             dtype=kept,
+            shard_bytes=shard_size,
             seed=seed,
             workdir=workdir,
             progress=True,

@@ -61,7 +61,7 @@ def tune(
         from offsite_fl.data_owner import DataOwner
 
         check_update_file(out)
-        data_owner = DataOwner.open(open_bundle(bundle, digest=digest), config.frozen_dtype)
+        data_owner = DataOwner.open(open_bundle(bundle, digest=digest), config.frozen_dtype, config.device)
     with stages(f"tuning on {data}"):
         update = data_owner.tune(data, config, validation=validation)
     update.save(out)

@@ -131,6 +131,8 @@ def _parse_json(path: Path, text: str, line: int = 1) -> Any:
     except json.JSONDecodeError as error:
         where = f"{path}, line {line + error.lineno - 1}, column {error.colno}"
         raise DataError(f"{where}: not JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets without end
+        raise DataError(f"{path}, line {line}: not JSON that can be read: {type(error).__name__}") from error
 
 
 def _read_jsonl(path: Path, content: bytes) -> Table:
@@ -184,6 +186,8 @@ def _read_csv(path: Path, content: bytes) -> Table:
         raise DataError(f"{path}, line {start}: not CSV: {error}; text with commas or quotes goes in quotes") from error
     finally:
         csv.field_size_limit(limit)
+    if not rows:
+        raise DataError(f"data file {path} is empty: it holds no rows")
     header = rows[0]
     doubled = sorted({name for name in header if header.count(name) > 1})
     if doubled:

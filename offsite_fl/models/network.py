@@ -251,17 +251,34 @@ def place_blocks(network: nn.Module, plan: NetworkPlan) -> list[nn.Module]:
 
 def build_network(plan: NetworkPlan) -> nn.Module:
     """The network of ``plan`` with parameters on the meta device and real non-persistent buffers (rotary tables...)."""
+    _meta_network(plan)  # refuses a plan whose buffers would fill the memory
     with init_empty_weights(include_buffers=False):
         network = _skeleton(plan)
     _tie(network)
     return network
 
 
-def expected_tensors(plan: NetworkPlan) -> dict[str, TensorSpec]:
-    """Slot name to shape and dtype of every tensor that the network of ``plan`` needs; takes no memory for them."""
+def _meta_network(plan: NetworkPlan) -> nn.Module:
+    """The network of ``plan`` without any memory; ``ModelError`` if the buffers that it makes itself are too large.
+
+    Rotary tables and masks are no tensors of a bundle: their sizes follow from the config, which comes from outside.
+    """
     with torch.device("meta"):
         network = _skeleton(plan)
     _tie(network)
+    stored = set(network.state_dict())
+    made = sum(t.numel() * t.element_size() for name, t in network.named_buffers() if name not in stored)
+    if made > MAX_BUFFER_BYTES:
+        raise ModelError(
+            f"network plan: the config makes {made} bytes of buffers, at most {MAX_BUFFER_BYTES} are taken; "
+            "it asks for too many positions or blocks"
+        )
+    return network
+
+
+def expected_tensors(plan: NetworkPlan) -> dict[str, TensorSpec]:
+    """Slot name to shape and dtype of every tensor that the network of ``plan`` needs; takes no memory for them."""
+    network = _meta_network(plan)
     specs = {
         "shared." + name: TensorSpec(tuple(t.shape)) for name, t in _outside_blocks(network, plan.blocks_path).items()
     }

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from offsite_fl.config import TuneConfig
 from offsite_fl.data.examples import split_examples
 from offsite_fl.data.loader import Batch, SeededOrder, make_loader
-from offsite_fl.errors import DataError, OffsiteError
+from offsite_fl.errors import ConfigError, DataError, OffsiteError
 from offsite_fl.evaluation.loss import causal_nll, evaluate_loss
 from offsite_fl.tuning.dtypes import prepare_dtypes
 from offsite_fl.tuning.optimizer import make_optimizer
@@ -98,6 +98,8 @@ def tune(
     started = time.perf_counter()
     if validation is None and config.validation_share > 0:
         train, validation = split_examples(train, config.validation_share, config.seed)
+    if config.patience is not None and validation is None:
+        raise ConfigError("patience needs data to watch: give validation data, or a validation-share above 0")
     with borrowed_accelerator(config) as accelerator:
         device = accelerator.device
         network.to(device)

@@ -40,15 +40,20 @@ def tune_from_config(config: Mapping[str, Any], node_config: Mapping[str, Any], 
         if isinstance(mu, bool) or not isinstance(mu, (int, float)):
             raise WireError(f"{names.PROXIMAL_MU} must be a number, got {ascii(mu)[:40]}")
         tune = dataclasses.replace(tune, proximal_mu=float(mu))
-    return dataclasses.replace(tune, seed=client_seed(tune.seed, server_round(config), client))
+    # Where one schedule spans the rounds, so does one order of the data: each round goes on where the last one stopped.
+    # Elsewhere each round begins a shuffle of its own.
+    number = 0 if spans_rounds(tune) else server_round(config)
+    return dataclasses.replace(tune, seed=client_seed(tune.seed, number, client))
+
+
+def spans_rounds(tune: TuneConfig) -> bool:
+    """Whether one learning-rate schedule spans all rounds: its length and the steps of a round are both set."""
+    return tune.schedule_steps is not None and tune.max_steps is not None
 
 
 def tune_of_round(tune: TuneConfig, server_round: int) -> TuneConfig:
-    """``tune`` with the learning-rate schedule moved on by the rounds before, where it spans rounds.
-
-    It does when ``schedule_steps`` (its whole length) and ``max_steps`` (the steps of a round) are both set.
-    """
-    if tune.schedule_steps is None or tune.max_steps is None:
+    """``tune`` with the learning-rate schedule moved on by the rounds before, where it spans rounds."""
+    if tune.schedule_steps is None or tune.max_steps is None:  # spans_rounds(), spelt out for the type checker
         return tune
     offset = tune.schedule_offset + (server_round - 1) * tune.max_steps
     return dataclasses.replace(tune, schedule_offset=min(offset, tune.schedule_steps))

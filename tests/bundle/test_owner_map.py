@@ -83,18 +83,21 @@ def test_wrong_content(bundle: Bundle, owner_map: OwnerMap, change: dict[str, An
 
 
 def test_it_knows_its_bundle_and_its_model(bundle: Bundle, owner_map: OwnerMap) -> None:
-    model = {"b": torch.zeros(2, 3), "a": torch.zeros(1, dtype=torch.int8)}
-    fitting = OwnerMap(**{**vars(owner_map), "fingerprint": fingerprint(model)})
+    adapted = "model.layers.11.w"
+    model = {"b": torch.zeros(2, 3), "a": torch.zeros(1, dtype=torch.int8), adapted: torch.zeros(4)}
+    paths = tuple(f"model.layers.{index}." for index in owner_map.adapter)
+    fitting = OwnerMap(**{**vars(owner_map), "fingerprint": fingerprint(model, paths)})
     fitting.check(digest=bundle.digest, model=model)
     fitting.check(model=dict(reversed(model.items())))
-    fitting.check(model={"b": torch.ones(2, 3), "a": torch.ones(1, dtype=torch.int8)})  # values don't count
+    fitting.check(model={**model, adapted: torch.ones(4)})  # an adapted model is still that model
     with pytest.raises(BundleError, match="not for"):
         fitting.check(digest="1" * 64)
     for other in (
         {**model, "b": torch.zeros(3, 2)},
         {**model, "b": torch.zeros(2, 3, dtype=torch.bfloat16)},
-        {"b": model["b"]},
-        {"b": model["b"], "c": model["a"]},
+        {**model, "b": torch.full((2, 3), 1e-6)},  # another fine-tune of the same architecture
+        {name: model[name] for name in ("b", adapted)},
+        {"b": model["b"], "c": model["a"], adapted: model[adapted]},
     ):
         with pytest.raises(BundleError, match="another full model"):
             fitting.check(model=other)

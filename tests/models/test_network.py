@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from offsite_fl.errors import ModelError
 from offsite_fl.models.blocks import Blocks, block_list, find_blocks
@@ -314,3 +315,15 @@ def test_models_whose_blocks_know_their_index_are_refused(pico: Pico) -> None:
     model = pico("gpt2", scale_attn_by_inverse_layer_idx=True)
     with pytest.raises(ModelError, match="scale_attn_by_inverse_layer_idx"):
         plan_network(model, find_blocks(model), ENDS, {2: 0}, verbatim(model, (2,)), (2,))
+
+
+def test_buffers_that_a_config_asks_for_are_bounded() -> None:
+    # 2**25 positions of rotary tables in each block: no tensor of the bundle, yet gigabytes on the client
+    config = AutoConfig.for_model("gptj", n_layer=2, n_embd=32, n_head=2, rotary_dim=8, n_positions=64, vocab_size=64)
+    model = AutoModelForCausalLM.from_config(config)
+    plan = plan_network(model, find_blocks(model), (0,), {1: 0}, [model.transformer.h[1]], (1,))
+    data = json.loads(json.dumps(plan.to_json()))
+    build_network(NetworkPlan.from_json(data))
+    data["config"]["n_positions"] = 2**25
+    with pytest.raises(ModelError, match="bytes of buffers"):
+        build_network(NetworkPlan.from_json(data))

@@ -68,6 +68,8 @@ CASES: dict[str, tuple[Spoil, str]] = {
     "no examples": (edit(lambda c: c["metrics"].pop("num-examples")), "metric 'num-examples' is missing"),
     "negative examples": (with_metric("num-examples", -5), "'num-examples' is -5, must be above 0"),
     "zero examples": (with_metric("num-examples", 0), "must be above 0"),
+    "all the weight": (with_metric("num-examples", 10**18), "must be above 0 and at most 1e+12"),
+    "weights that overflow": (with_metric("num-examples", 1e308), "must be above 0 and at most 1e+12"),
     "NaN examples": (with_metric("num-examples", float("nan")), "must be one finite number"),
     "list of examples": (with_metric("num-examples", [1, 2]), "must be one finite number"),
     "NaN loss": (with_metric("train_loss", float("nan")), "metric 'train_loss' is nan"),

@@ -196,6 +196,12 @@ def test_best_values_on_validation_are_kept_and_patience_ends_the_run(pico):
     assert evaluate_loss(model, loader).loss == pytest.approx(result.validation_loss, rel=1e-6)
 
 
+def test_patience_needs_something_to_watch(pico_llama):
+    trained = {n: p for n, p in pico_llama.named_parameters() if ".layers.0." in n}
+    with pytest.raises(ConfigError, match="patience needs data to watch"):
+        tune(pico_llama, trained, examples(6), quick(patience=2))
+
+
 def test_own_validation_split(pico_llama):
     result = tune(pico_llama, adapter(pico_llama), examples(10), quick(epochs=2, batch_size=2, validation_share=0.2))
     assert result.examples == 8 and result.steps == 8

@@ -48,6 +48,13 @@ def test_a_schedule_spans_the_rounds() -> None:
     assert tune_of_round(alone, 3) is alone
 
 
+def test_one_order_of_the_data_where_a_schedule_spans_the_rounds() -> None:
+    spanning = tune_to_config(TuneConfig(schedule_steps=10, max_steps=4))
+    assert len({tune_from_config(spanning | {"server-round": r}, {}, "a").seed for r in (1, 2, 3)}) == 1
+    alone = tune_to_config(TuneConfig(max_steps=4))
+    assert len({tune_from_config(alone | {"server-round": r}, {}, "a").seed for r in (1, 2, 3)}) == 3
+
+
 @pytest.mark.parametrize("value", ["1", True, -1, 1.0])
 def test_rounds_are_whole_numbers(value: object) -> None:
     with pytest.raises(WireError):

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
-from offsite_fl.config import TuneConfig
 from offsite_fl.evaluation.record import RunReport, versions
 from offsite_fl.evaluation.rows import FiveRows, Row
 from offsite_fl.evaluation.tables import print_report
@@ -22,6 +23,7 @@ from offsite_fl.measure import Measure
 from offsite_fl.models.split import Split
 from offsite_fl.owner import ModelOwner
 from offsite_fl.strategies import OffsiteTuning, central_evaluation
+from offsite_fl.strategies.checkpoint import check_unused
 from offsite_fl.strategies.named import make_strategy
 from quickstart.settings import Settings
 
@@ -45,12 +47,19 @@ class Clock:
         console.print(f"[bold]{stage}[/] took {self.seconds[stage]:.1f} s")
 
 
+def seed_everything(seed: int) -> None:
+    """What this process draws at random: Flower samples nodes with ``random``, its privacy wrappers use numpy."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """One run of the federation, from the full model to the report."""
     settings, clock = Settings.of(context.run_config), Clock()
     folder = Path(settings.run.folder).absolute()
-    torch.manual_seed(settings.main.seed)
+    seed_everything(settings.main.seed)
     with clock("opening the model"):
         owner = ModelOwner.from_pretrained(settings.main.model_path(), Split.parse(settings.main.split))
     with clock("making the bundle"):
@@ -67,6 +76,8 @@ def main(grid: Grid, context: Context) -> None:
         max_update_norm=settings.main.max_update_norm or None,
         run_dir=folder,
         resume=settings.run.resume,
+        keep_checkpoints=settings.run.keep_checkpoints,
+        delivery_timeout=settings.main.delivery_timeout,
     )
     with clock("federated tuning"):
         strategy.start(
@@ -75,7 +86,7 @@ def main(grid: Grid, context: Context) -> None:
             evaluate_fn=central_evaluation(measure, settings.tune.lora, every=settings.test.every),
         )
     with clock("full fine-tuning, the upper bound"):
-        full_fine_tuning = upper_bound(measure, settings) if settings.baseline.run else None
+        full_fine_tuning = upper_bound(measure, strategy, settings) if settings.baseline.run else None
     update = strategy.update()
     rows = five_rows(strategy, measure, full_fine_tuning)
     owner.plug_in(update)
@@ -106,6 +117,7 @@ def bundle_of(owner: ModelOwner, settings: Settings, folder: Path) -> None:
     if settings.run.resume and (folder / "bundle").is_dir():
         owner.use_bundle(folder / "bundle")
         return
+    check_unused(folder)  # before the bundle of the run that is there is replaced
     owner.make_bundle(
         settings.main.emulator,
         folder / "bundle",
@@ -113,31 +125,55 @@ def bundle_of(owner: ModelOwner, settings: Settings, folder: Path) -> None:
         calibration_tokens=settings.main.calibration_tokens,
         block_size=settings.tune.block_size,
         dtype=getattr(torch, settings.main.bundle_dtype) if settings.main.bundle_dtype else None,
+        shard_bytes=settings.main.bundle_shard_size,
         seed=settings.main.seed,
         workdir=folder / "work",
         progress=True,
     )
 
 
-def upper_bound(measure: Measure, settings: Settings) -> Row:
+@dataclass(frozen=True)
+class Work:
+    """What the federation did: who took part, optimiser steps one after the other, and examples in each of them."""
+
+    owners: tuple[str, ...]
+    steps: int
+    examples: int
+
+    @classmethod
+    def of(cls, strategy: OffsiteTuning, settings: Settings) -> Work:
+        """From what the data owners reported. They tune side by side, so a round has the steps of its busiest one."""
+        rounds = [entry.clients for entry in strategy.history if entry.clients]
+        steps = sum(int(max(metrics.get("steps", 0) for metrics in clients.values())) for clients in rounds)
+        tokens = sum(metrics.get("tokens", 0) for clients in rounds for metrics in clients.values())
+        seen = {name for clients in rounds for name in clients}
+        known = tuple(owner for owner in settings.data.owners if owner in seen)
+        return cls(
+            known or settings.data.owners,
+            max(1, steps),
+            max(1, round(tokens / max(1, steps) / settings.tune.block_size)),
+        )
+
+
+def upper_bound(measure: Measure, strategy: OffsiteTuning, settings: Settings) -> Row:
     """Full fine-tuning on pooled data with the federation's optimiser steps and tokens.
 
     A round of n owners with s steps of b examples each has s sequential steps over n * b examples; so does this.
     """
-    owners = settings.data.owners
-    steps = settings.main.num_server_rounds * (settings.tune.max_steps or 1)
-    config = TuneConfig(
-        max_steps=steps,
+    work = Work.of(strategy, settings)
+    config = replace(
+        settings.tune,
+        max_steps=work.steps,
         lr=settings.baseline.lr,
-        batch_size=settings.tune.batch_size,
-        gradient_accumulation=len(owners),
-        schedule="cosine",
-        schedule_steps=steps,
-        block_size=settings.tune.block_size,
-        loss_on=settings.tune.loss_on,
-        seed=settings.main.seed,
+        gradient_accumulation=max(1, round(work.examples / settings.tune.batch_size)),
+        schedule_steps=work.steps,
+        schedule_offset=0,
+        proximal_mu=0.0,
+        validation_share=0.0,
+        patience=None,
+        progress=True,
     )
-    return measure.full_fine_tuning([settings.data.file(owner) for owner in owners], config)
+    return measure.full_fine_tuning([settings.data.file(owner) for owner in work.owners], config)
 
 
 def record(
@@ -154,22 +190,30 @@ def record(
         versions=versions(),
         seeds={"run": settings.main.seed},
         seconds=clock.seconds,
-        emulator={"spec": settings.main.emulator, **report, "bundle_bytes": bundle.bytes_by_kind()},
+        emulator={"spec": owner.emulator, **report, "bundle_bytes": bundle.bytes_by_kind()},
         data={
             "held-out test": {"tokens": measure.tokens},
             "calibration (public)": {"tokens": settings.main.calibration_tokens},
             **{owner: {"tokens tuned on": tokens} for owner, tokens in tokens_by_client(strategy).items()},
         },
-        notes=notes(settings),
+        notes=notes(strategy, settings),
     )
 
 
-def notes(settings: Settings) -> list[str]:
+def notes(strategy: OffsiteTuning, settings: Settings) -> list[str]:
     """What a reader of the numbers must know."""
     found = ["Perplexities are on held-out works of the data owners' kinds, never tuned on. One seed."]
+    work = Work.of(strategy, settings)
     if settings.baseline.run:
-        steps = "Full fine-tuning had the federation's number of sequential optimiser steps and of tokens"
-        found.append(f"{steps}, on pooled data, at lr {settings.baseline.lr:g}.")
+        found.append(
+            f"Full fine-tuning had the federation's {work.steps} sequential optimiser steps of {work.examples} "
+            f"examples, on the pooled data of {', '.join(work.owners)}, at lr {settings.baseline.lr:g}."
+        )
+    if set(work.owners) < set(settings.data.owners):
+        found.append(
+            f"Only {len(work.owners)} of {len(settings.data.owners)} data owners took part, but the test is on all "
+            "their kinds of text: simulate as many nodes as there are owners."
+        )
     return found
 
 

@@ -21,12 +21,14 @@ class Main:
     split: str
     emulator: str
     bundle_dtype: str
+    bundle_shard_size: str
     calibration_tokens: int
     strategy: str
     num_server_rounds: int
     min_results: int
     max_update_norm: float
     codec: str
+    delivery_timeout: float
     seed: int
 
     def model_path(self) -> str:
@@ -83,6 +85,7 @@ class RunPart:
 
     folder: str
     resume: bool
+    keep_checkpoints: int
     save_model: bool
 
 
