@@ -6,6 +6,7 @@ tunes A to A' on the network [A, E*] and returns A'. The full model is never her
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from offsite_fl.bundle import Bundle, open_bundle
 from offsite_fl.config import FrozenDtype, LoraOptions, TuneConfig
 from offsite_fl.data.examples import to_examples
-from offsite_fl.data.loader import make_loader
+from offsite_fl.data.loader import make_loader, pad_id_of
 from offsite_fl.data.sources import Source
 from offsite_fl.errors import UpdateError
 from offsite_fl.evaluation.loss import LossResult, evaluate_loss
@@ -56,7 +57,7 @@ class DataOwner:
         """The network as plain data."""
         return self.bundle.plan
 
-    @property
+    @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that came with the bundle."""
         return self.bundle.tokenizer()
@@ -147,9 +148,7 @@ class DataOwner:
     @property
     def pad_id(self) -> int:
         """Token id that fills short rows of a batch (they carry no loss)."""
-        tokenizer = self.tokenizer
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        return int(pad or 0)
+        return pad_id_of(self.tokenizer)
 
     def evaluate(self, source: Source, config: TuneConfig | None = None) -> LossResult:
         """Loss of the emulator with the adapter as it is now; ``config`` says how to cut ``source`` into batches."""

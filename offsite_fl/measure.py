@@ -15,7 +15,7 @@ from datasets import Dataset, concatenate_datasets  # type: ignore[import-untype
 
 from offsite_fl.config import LoraOptions, LossOn, TuneConfig
 from offsite_fl.data.examples import to_examples
-from offsite_fl.data.loader import make_loader
+from offsite_fl.data.loader import make_loader, pad_id_of
 from offsite_fl.data.sources import Source
 from offsite_fl.data_owner import DataOwner
 from offsite_fl.errors import DataError, UpdateError
@@ -61,8 +61,7 @@ class Measure:
         examples = to_examples(test, owner.tokenizer, block_size=block_size, loss_on=loss_on)
         if max_tokens is not None:
             examples = examples.select(range(min(len(examples), max(1, max_tokens // block_size))))
-        pad = owner.tokenizer.pad_token_id or 0
-        self.batches = list(make_loader(examples, batch_size, pad_id=pad))
+        self.batches = list(make_loader(examples, batch_size, pad_id=pad_id_of(owner.tokenizer)))
         self.device = resolve_device(TuneConfig(device=device))
         # fp32 like the full model, so that the rows differ by what they are about and not by their dtype.
         self._data_owner = DataOwner.open(owner.bundle, "float32")
@@ -100,8 +99,13 @@ class Measure:
         """A copy of the full model with every parameter tuned on all owners' data pooled: the upper bound."""
         model = copy.deepcopy(self.owner.model)
         train = self.pooled(sources)
-        pad = self.owner.tokenizer.pad_token_id or 0
-        tune(model, dict(model.named_parameters()), train, replace(config, lora_rank=0), pad_id=pad)
+        tune(
+            model,
+            dict(model.named_parameters()),
+            train,
+            replace(config, lora_rank=0),
+            pad_id=pad_id_of(self.owner.tokenizer),
+        )
         return self._row(model)
 
     def pooled(self, sources: Sequence[Source]) -> Dataset:

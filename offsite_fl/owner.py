@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from offsite_fl.bundle import SHARD_BYTES, Bundle, OwnerMap, fingerprint, open_bundle, write_bundle
 from offsite_fl.config import LoraOptions, TuneConfig
 from offsite_fl.data.examples import split_examples, to_examples
-from offsite_fl.data.loader import make_loader
+from offsite_fl.data.loader import make_loader, pad_id_of
 from offsite_fl.data.sources import Source
 from offsite_fl.data_owner import network_of
 from offsite_fl.emulators import Batch, Context, Emulator, EmulatorMethod, parse_emulator, start
@@ -158,7 +158,7 @@ class ModelOwner:
         return self._loaded(fit), self._loaded(held_out)
 
     def _loaded(self, examples: Dataset | None) -> tuple[Batch, ...]:
-        return tuple(make_loader(examples, 8, pad_id=self.tokenizer.pad_token_id or 0)) if examples is not None else ()
+        return tuple(make_loader(examples, 8, pad_id=pad_id_of(self.tokenizer))) if examples is not None else ()
 
     def _plan(self, emulator: Emulator) -> NetworkPlan:
         modules = [block.module for block in emulator.blocks]

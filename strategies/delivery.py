@@ -22,7 +22,7 @@ from offsite_fl.wire.records import flag, texts
 from .exchange import Answer, ask, config_of
 from .journal import Journal, log
 
-# A file that was damaged on its way is sent once more.
+# What a node still lacks after the first pass (its cache was emptied meanwhile) is sent once more.
 PASSES = 2
 
 

@@ -19,6 +19,7 @@ from offsite_fl.bundle import OwnerMap
 from offsite_fl.config import LoraOptions, TuneConfig
 from offsite_fl.data_owner import DataOwner
 from offsite_fl.errors import BundleError, ModelError, SplitError, UpdateError
+from offsite_fl.measure import Measure
 from offsite_fl.models.plug import adapter_tensors
 from offsite_fl.models.split import Split
 from offsite_fl.owner import ModelOwner
@@ -253,3 +254,33 @@ def test_a_peft_wrapper_is_to_be_merged_first(pico_llama: nn.Module, pico_tokeni
     with pytest.raises(ModelError, match="merge_and_unload"):
         ModelOwner(wrapped, pico_tokenizer)
     ModelOwner(wrapped.merge_and_unload(), pico_tokenizer)
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+        ),
+    ],
+)
+def test_both_parties_and_the_measuring_are_on_one_device(
+    device: str, pico_llama: nn.Module, pico_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    pico_llama.save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    pico_tokenizer.save_pretrained(tmp_path / "model")
+    owner = ModelOwner.from_pretrained(tmp_path / "model", Split(1, 1), device=device)
+    bundle = owner.make_bundle("low-rank:keep=0.5", tmp_path / "bundle", calibration=TEXT, block_size=16)
+    data_owner = DataOwner.open(bundle, device=device)
+    config = replace(FAST, device=device)
+    before = data_owner.evaluate(TEXT, config).loss
+    update = data_owner.tune(TEXT, config)
+    assert data_owner.evaluate(TEXT, config).loss < before
+    measure = Measure(owner, TEXT, block_size=16, device=device)
+    assert measure.emulator_zero_shot().loss == pytest.approx(before, abs=0.05)  # bf16 at a data owner with a GPU
+    assert measure.plug_in(update.tensors).loss != measure.full_zero_shot().loss
+    found = {parameter.device.type for network in (owner.model, data_owner.model) for parameter in network.parameters()}
+    assert found == {device}
+    owner.plug_in(update)

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset  # type: ignore[import-untyped,unused-ignore]
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
+from transformers import PreTrainedTokenizerBase
 
 from offsite_fl.data.examples import IGNORE
 from offsite_fl.errors import DataError
@@ -32,6 +33,12 @@ class SeededOrder(Sampler[int]):
         # A generator of its own: the order must depend on nothing else that draws random numbers.
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         return iter(torch.randperm(self.rows, generator=generator).tolist())
+
+
+def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Token id that fills short rows of a batch; they carry no loss, so any id will do where none is meant for it."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return int(pad or 0)
 
 
 def make_loader(

@@ -27,7 +27,6 @@ CODEC = "wire.codec"
 
 # Keys in the metric record that every train reply has.
 NUM_EXAMPLES = "num-examples"
-TRAIN_LOSS = "train_loss"
 LOSS = "loss"
 
 # Codes of our own error replies, far from Flower's (0 to 8). Flower hands code and reason through unchanged.

@@ -27,6 +27,7 @@ from rich.table import Table
 
 from offsite_fl.config import TuneConfig
 from offsite_fl.data.examples import split_examples
+from offsite_fl.data.loader import pad_id_of
 from offsite_fl.data_owner import DataOwner
 from offsite_fl.emulators import parse_emulator
 from offsite_fl.errors import OffsiteError
@@ -85,7 +86,7 @@ class Comparison:
         """Measure what isn't there yet; all lines in the order asked for."""
         self.options.out.mkdir(parents=True, exist_ok=True)
         path = self.options.out / "results.jsonl"
-        done = {line["key"]: line for line in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
+        done = _read(path)
         lines = []
         for spec in (UNCOMPRESSED, *self.options.emulators, FULL):
             key = self._key(spec)
@@ -173,7 +174,7 @@ class Comparison:
                 self.train,
                 config,
                 validation=self.validation,
-                pad_id=self.owner.tokenizer.pad_token_id or 0,
+                pad_id=pad_id_of(self.owner.tokenizer),
             )
             loss = measure.full_zero_shot().loss
             found["rates"][str(rate)] = {"validation": done.validation_loss, "plug_in": loss}
@@ -182,6 +183,15 @@ class Comparison:
         found |= {"best_rate": best, **found["rates"][best]}
         found["summary"] = f"full fine-tuning {found['zero_shot']:.3f} -> {found['plug_in']:.3f} at lr {best}"
         return found
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    """Lines by key; a last one that was cut off in writing is measured again."""
+    text = path.read_text() if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole)
+    return {line["key"]: line for line in map(json.loads, whole.splitlines())}
 
 
 def table_of(lines: Iterable[Mapping[str, Any]]) -> list[list[str]]:
