@@ -224,7 +224,9 @@ def _skeleton(plan: NetworkPlan) -> nn.Module:
     except ModelError:
         raise
     except Exception as error:  # foreign data reaches many constructors; all their complaints mean the same here
-        raise ModelError(f"network plan: transformers can't build {plan.config['model_type']!r}: {error}") from error
+        reason = " ".join(str(error).split())  # of an unknown type transformers lists all that it knows
+        reason = reason if len(reason) <= 300 else reason[:297] + "..."
+        raise ModelError(f"network plan: transformers can't build {plan.config['model_type']!r}: {reason}") from error
     blocks = _network_blocks(network, plan)
     if len(blocks) != len(plan.layout):
         raise ModelError(f"network plan: the config makes {len(blocks)} blocks, the layout has {len(plan.layout)}")
