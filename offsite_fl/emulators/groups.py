@@ -6,6 +6,7 @@ OPT) or in parallel (GPT-NeoX, Phi).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -93,9 +94,8 @@ def run_tapped(
     handles = [block.get_submodule(p).register_forward_pre_hook(before(p), with_kwargs=True) for p in inputs]
     handles += [block.get_submodule(p).register_forward_hook(after(p)) for p in outputs]
     try:
-        taps.state = call_block(block, hidden, call)
-    except _SeenEnough:
-        pass
+        with contextlib.suppress(_SeenEnough):
+            taps.state = call_block(block, hidden, call)
     finally:
         for handle in handles:
             handle.remove()

@@ -7,7 +7,7 @@ blocks in between, where a split has some, run in both.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -90,13 +90,12 @@ class Student:
         ]
         nats, tokens = None, 0
         try:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.reduced):
+            autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.reduced)
+            with suppress(_Reached), autocast:
                 if with_loss:
                     nats, tokens = causal_nll(self.network, batch)
                 else:
                     self.network(**_inputs(batch), use_cache=False)
-        except _Reached:
-            pass
         finally:
             for hook in hooks:
                 hook.remove()
