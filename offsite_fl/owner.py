@@ -267,6 +267,8 @@ class ModelOwner:
         The update must have been made for the bundle that this owner handed out last. Plugging a second update in
         replaces the first: both mean values (or factors on the handed-out adapter), not differences to what is there.
         """
+        if not isinstance(update, Update):
+            raise UpdateError(f"plug_in takes an Update, got {type(update).__name__}; Update.load(path) reads a file")
         if self.bundle is not None and update.digest != self.bundle.digest:
             raise UpdateError(
                 f"the update was made for bundle {update.digest[:12]}, this owner handed out {self.bundle.digest[:12]}"

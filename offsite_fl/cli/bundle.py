@@ -11,6 +11,7 @@ from offsite_fl.cli.contents import contents, print_contents
 from offsite_fl.cli.files import check_writable
 from offsite_fl.cli.output import AsJson, Stages, emit, line, result
 from offsite_fl.cli.settings import DTYPES, dtype_of, split_of
+from offsite_fl.errors import ConfigError
 
 Model = Annotated[str, typer.Argument(metavar="MODEL")]
 
@@ -41,6 +42,7 @@ def bundle(
     workdir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where long methods keep what they need to resume.")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is in DIR, and its map.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compress the model's middle and write a bundle: adapter, emulator, shared tensors, tokenizer.
@@ -53,6 +55,7 @@ def bundle(
     with stages("getting ready"):
         from offsite_fl.bundle import OwnerMap
         from offsite_fl.bundle.limits import parse_bytes
+        from offsite_fl.bundle.manifest import MANIFEST
         from offsite_fl.bundle.write import check_target
         from offsite_fl.emulators import parse_emulator
         from offsite_fl.owner import ModelOwner
@@ -62,6 +65,11 @@ def bundle(
         parse_bytes(shard_size)
         check_writable(out)
         check_target(out)
+        if (out / MANIFEST).is_file() and not force:
+            raise ConfigError(
+                f"{out} holds a bundle, whose map is needed to plug in updates that are still out; give another --out, "
+                "or --force to replace it"
+            )
     with stages(f"opening {model}"):
         owner = ModelOwner.from_pretrained(model, split)
     with stages(f"compressing the middle: {method}"):

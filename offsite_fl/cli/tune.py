@@ -18,7 +18,10 @@ def tune(
     data: Annotated[
         Path, typer.Option(metavar="FILE", help="Your data: .jsonl, .json, .csv, .parquet or .txt. It stays here.")
     ],
-    out: Annotated[Path, typer.Option(metavar="UPDATE", help="The update to write, a .safetensors file.")],
+    out: Annotated[
+        Path,
+        typer.Option(metavar="UPDATE", help="The update to write (.safetensors); an older one is replaced."),
+    ],
     validation: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Data to watch; the values that do best on it are kept.")
     ] = None,

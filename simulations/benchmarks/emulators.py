@@ -225,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/emulators"))
     parser.add_argument("--emulator", action="append", metavar="SPEC", help="once for each; default: several")
     parser.add_argument("--lr", type=float, action="append", help="once for each rate to try (5e-4)")
-    parser.add_argument("--full-lr", type=float, action="append", help="of full fine-tuning (5e-5)")
+    parser.add_argument("--full-lr", type=float, action="append", help="of full fine-tuning (5e-5, 1e-4)")
     parser.add_argument("--split", default="2-2")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -241,7 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
         given.out,
         tuple(given.emulator or EIGHTH),
         tuple(given.lr or (5e-4,)),
-        tuple(given.full_lr or (5e-5,)),
+        tuple(given.full_lr or (5e-5, 1e-4)),
         config,
         Split.parse(given.split),
         given.calibration_tokens,

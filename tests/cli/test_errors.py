@@ -10,7 +10,7 @@ import pytest
 from offsite_fl.data_owner import DataOwner
 from offsite_fl.owner import ModelOwner
 from offsite_fl.update import Update
-from tests.cli.conftest import World, error_of, run_cli
+from tests.cli.conftest import World, error_of, run_cli, run_json
 from tests.conftest import make_pico, make_tokenizer
 
 
@@ -133,3 +133,12 @@ def test_a_model_half_written_vanishes(
     monkeypatch.setattr(ModelOwner, "save", half)
     error_of("plug", world.model, world.update, "--bundle", world.bundle, "--out", tmp_path / "out", code=code)
     assert not below(tmp_path)
+
+
+def test_a_bundle_is_replaced_only_by_force(world: World, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    first = run_json("bundle", world.model, "--emulator", "layer-drop:keep=2", "--out", out)
+    again = ("bundle", world.model, "--emulator", "quantize:bits=8,group=16", "--out", out)
+    assert "holds a bundle" in error_of(*again)
+    assert run_json("inspect", out)["digest"] == first["digest"]
+    assert run_json(*again, "--force")["digest"] != first["digest"]
