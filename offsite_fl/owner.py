@@ -215,7 +215,7 @@ class ModelOwner:
         if note.adapter != self.adapter_indices:
             raise SplitError(f"the bundle was made with split {note.split}, this owner has {self.split}")
         self._remember(bundle)
-        self.emulator, self.report = note.emulator, EmulatorReport(**note.report) if note.report else None
+        self.emulator, self.report = note.emulator, EmulatorReport.from_json(note.report)
         return bundle
 
     def _remember(self, bundle: Bundle) -> None:

@@ -18,6 +18,7 @@ RANKS = {
     "registry": 0,
     "version": 0,
     "config": 1,
+    "sizes": 1,
     "update": 2,
     "models": 3,
     "data": 4,

@@ -22,12 +22,13 @@ from pathlib import Path
 
 from offsite_fl.bundle.files import discard, sync_tree, tree_bytes
 from offsite_fl.bundle.incoming import Incoming
-from offsite_fl.bundle.limits import GIB, Limits, human_bytes, parse_bytes
+from offsite_fl.bundle.limits import Limits
 from offsite_fl.bundle.locks import Lease
 from offsite_fl.bundle.manifest import is_digest, show
 from offsite_fl.bundle.read import Bundle, open_bundle
 from offsite_fl.config import CACHE_VARIABLE, cache_root
 from offsite_fl.errors import BundleError
+from offsite_fl.sizes import GIB, human_bytes, parse_bytes
 
 log = logging.getLogger("offsite_fl.cache")
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offsite_fl.bundle.files import discard, plain_size, read_plain, write_synced
-from offsite_fl.bundle.limits import human_bytes
 from offsite_fl.bundle.manifest import MANIFEST, Manifest, digest_of, show
 from offsite_fl.bundle.parse import read_manifest
 from offsite_fl.bundle.read import Bundle
 from offsite_fl.bundle.verify import check_plan
 from offsite_fl.errors import BundleError
+from offsite_fl.sizes import human_bytes
 
 if TYPE_CHECKING:
     from offsite_fl.bundle.cache import Cache

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from offsite_fl.bundle.limits import Limits, human_bytes
+from offsite_fl.bundle.limits import Limits
 from offsite_fl.bundle.manifest import (
     DTYPE_BYTES,
     FORMAT_VERSION,
@@ -27,6 +27,7 @@ from offsite_fl.bundle.manifest import (
     show,
 )
 from offsite_fl.errors import BundleError
+from offsite_fl.sizes import human_bytes
 from offsite_fl.version import __version__
 
 _SHARD = re.compile(r"shards/(adapter|emulator|shared)-[0-9]{5}\.safetensors")

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from offsite_fl.bundle.files import discard, plain_size, sha256_of, sync_tree
-from offsite_fl.bundle.limits import MIB, Limits, parse_bytes
+from offsite_fl.bundle.limits import Limits
 from offsite_fl.bundle.manifest import (
     DTYPE_BYTES,
     KINDS,
@@ -31,6 +31,7 @@ from offsite_fl.bundle.read import Bundle, open_bundle
 from offsite_fl.bundle.verify import DTYPE_NAMES, FOLDERS, check_tensors, outward_keys
 from offsite_fl.errors import BundleError
 from offsite_fl.models.network import NetworkPlan, expected_tensors
+from offsite_fl.sizes import MIB, parse_bytes
 
 SHARD_BYTES = 256 * MIB
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

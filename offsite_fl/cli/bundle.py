@@ -54,11 +54,11 @@ def bundle(
     split, stages = split_of(first, last, at), Stages()
     with stages("getting ready"):
         from offsite_fl.bundle import OwnerMap
-        from offsite_fl.bundle.limits import parse_bytes
         from offsite_fl.bundle.manifest import MANIFEST
         from offsite_fl.bundle.write import check_target
         from offsite_fl.emulators import parse_emulator
         from offsite_fl.owner import ModelOwner
+        from offsite_fl.sizes import parse_bytes
 
         # Before the long work, which would be lost.
         method, kept = parse_emulator(emulator), dtype_of(dtype)

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -40,11 +40,13 @@ class Emulator:
     """Blocks and the places they run at.
 
     ``layout`` maps a position of the full model to an index of ``blocks``; the forward pass visits the sorted
-    positions. Two positions may name the same block (sharing); a position that is absent was dropped.
+    positions. Two positions may name the same block (sharing); a position that is absent was dropped. ``notes`` say
+    what didn't come out as it was asked for.
     """
 
     blocks: list[EmulatorBlock]
     layout: dict[int, int]
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         used = set(self.layout.values())
@@ -138,9 +140,11 @@ class Chain(EmulatorMethod):
 
     def compress(self, emulator: Emulator, context: Context) -> Emulator:
         """Hand the result of each method to the next."""
+        notes: tuple[str, ...] = ()
         for method in self.methods:
-            emulator = method.compress(emulator, context)
-        return emulator
+            emulator = method.compress(replace(emulator, notes=()), context)
+            notes += emulator.notes
+        return replace(emulator, notes=notes)
 
     def __str__(self) -> str:
         """The methods' specs joined by ``+``."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from offsite_fl.emulators.base import Context, Emulator, EmulatorMethod, register
-from offsite_fl.errors import ConfigError, EmulatorError
+from offsite_fl.emulators.base import Context, Emulator, register
+from offsite_fl.emulators.choice import BlockChoice
+from offsite_fl.errors import EmulatorError
 
 Rounding = Literal["round", "floor"]
 
@@ -37,30 +38,18 @@ def kept_indices(total: int, keep: int, rounding: Rounding = "round") -> tuple[i
 
 @register("layer-drop")
 @dataclass(frozen=True)
-class LayerDrop(EmulatorMethod):
+class LayerDrop(BlockChoice):
     """Keep evenly spaced blocks of the middle and drop the others.
 
-    ``keep`` is a number of blocks (2 or more) or, below 1, the share of the middle's blocks that stays, of which
-    ``round(share * blocks)`` is kept. Kept blocks leave the owner's house verbatim.
+    ``keep`` is a number of blocks (2 or more) or, below 1, the share of the middle's bytes that stays, of which the
+    nearest number of whole blocks is kept. Kept blocks leave the owner's house verbatim.
     """
 
-    keep: float
     rounding: Rounding = "round"
 
-    def __post_init__(self) -> None:
-        fits = 0 < self.keep < 1 or (self.keep >= 2 and self.keep == int(self.keep))
-        if not fits:
-            raise ConfigError(
-                f"layer-drop keep = {self.keep!r} must be a number of blocks (2 or more) or a share between 0 and 1"
-            )
-        if self.keep >= 2:
-            object.__setattr__(self, "keep", int(self.keep))
+    least: ClassVar[int] = 2
 
-    def compress(self, emulator: Emulator, context: Context) -> Emulator:
-        """Drop places of ``emulator``; the blocks that stay are the same modules."""
+    def choose(self, emulator: Emulator, count: int, context: Context) -> tuple[int, ...]:
+        """Every so many places, the first and the last among them."""
         positions = emulator.positions
-        count = round(self.keep * len(positions)) if self.keep < 1 else int(self.keep)
-        kept = [positions[i] for i in kept_indices(len(positions), count, self.rounding)]
-        used = sorted({emulator.layout[position] for position in kept})
-        slots = {old: new for new, old in enumerate(used)}
-        return Emulator([emulator.blocks[old] for old in used], {p: slots[emulator.layout[p]] for p in kept})
+        return tuple(positions[i] for i in kept_indices(len(positions), count, self.rounding))

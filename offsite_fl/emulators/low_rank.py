@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 
 from offsite_fl.config import check
-from offsite_fl.emulators.base import Context, Emulator, EmulatorBlock, EmulatorMethod, copy_structure, register
-from offsite_fl.emulators.factor import cut_linear
+from offsite_fl.emulators.base import Context, Emulator, EmulatorBlock, copy_structure, register
+from offsite_fl.emulators.budget import BudgetedMethod, emulator_bytes
+from offsite_fl.emulators.factor import cut_linear, rank_for
 from offsite_fl.emulators.groups import dense_linears
 from offsite_fl.emulators.sequential import LowRankFit, fit_on_full_inputs, fit_sequentially
 from offsite_fl.emulators.streams import sent_home, working_copy
 from offsite_fl.errors import EmulatorError
-from offsite_fl.models.linears import is_linear
+from offsite_fl.models.linears import is_linear, linear_weight
 from offsite_fl.registry import near
 
 Mode = Literal["sequential", "activation", "plain"]
@@ -23,11 +25,12 @@ Mode = Literal["sequential", "activation", "plain"]
 
 @register("low-rank")
 @dataclass(frozen=True)
-class LowRank(EmulatorMethod):
-    """Cut every linear of the frozen blocks to a share of its parameters, as two factors.
+class LowRank(BudgetedMethod):
+    """Cut every linear of the frozen blocks to the same share of its parameters, as two factors.
 
-    ``keep`` is that share: rank ``max(1, floor(keep * m * n / (m + n)))``; a matrix that this wouldn't make smaller
-    stays as it is, so ``keep=1`` changes nothing. ``mode``:
+    ``keep`` is the share of all bytes that stays, from which the share of a matrix follows: what isn't cut counts in
+    full. At a share ``s`` a matrix gets rank ``max(1, floor(s * m * n / (m + n)))``; one that this wouldn't make
+    smaller stays as it is, so ``keep=1`` changes nothing. ``mode``:
 
     * ``plain``: truncated SVD of each weight; needs no text.
     * ``activation``: truncated so that the error on the full model's own inputs is least.
@@ -39,20 +42,23 @@ class LowRank(EmulatorMethod):
     leaves the others as they are; empty means every linear.
     """
 
-    keep: float = 0.5
     mode: Mode = "sequential"
     ridge: float = 0.01
     targets: tuple[str, ...] = ()
 
+    grain: ClassVar[str] = "ranks are whole, and what isn't a dense linear among the targets stays as it is"
+
     def __post_init__(self) -> None:
-        check(0 < self.keep <= 1, f"low-rank keep = {self.keep!r} must be a share above 0 and at most 1")
+        super().__post_init__()
         check(self.ridge > 0, f"low-rank ridge = {self.ridge!r} must be above 0")
 
-    def compress(self, emulator: Emulator, context: Context) -> Emulator:
+    def reduce(self, emulator: Emulator, context: Context, budget: int | None) -> Emulator:
         """Return new blocks; what isn't a linear is shared with ``emulator``'s blocks."""
-        fit = LowRankFit(self.keep, self.ridge, self.targets)
-        _check_targets(emulator, fit)
-        if self.keep >= 1:
+        assert budget is not None
+        whole = LowRankFit(1.0, self.ridge, self.targets)
+        _check_targets(emulator, whole)
+        fit = replace(whole, keep=share_within(emulator, whole.takes, budget))
+        if fit.keep >= 1:
             modules = {slot: copy_structure(block.module) for slot, block in enumerate(emulator.blocks)}
         elif self.mode == "plain":
             modules = dict(enumerate(_plain(block, context, fit) for block in self._tracked(emulator, context)))
@@ -65,6 +71,35 @@ class LowRank(EmulatorMethod):
 
     def _tracked(self, emulator: Emulator, context: Context) -> Iterable[EmulatorBlock]:
         return context.track(emulator.blocks, "low-rank plain", total=len(emulator.blocks))
+
+
+def share_within(emulator: Emulator, takes: Callable[[str], bool], budget: int) -> float:
+    """The largest share of each linear that ``takes`` at which the emulator holds at most ``budget`` bytes.
+
+    1 where nothing need be cut. Where even rank 1 is too much it is 0, which gives rank 1.
+    """
+    shapes: Counter[tuple[int, int, int]] = Counter()
+    for block in emulator.blocks:
+        for path, linear in dense_linears(block.module):
+            if takes(path):
+                weight = linear_weight(linear)
+                shapes[(*weight.shape, weight.element_size())] += 1
+    given = emulator_bytes(emulator)
+
+    def held(share: float) -> int:
+        saved = 0
+        for (rows, columns, size), count in shapes.items():
+            rank = rank_for(share, rows, columns)
+            saved += 0 if rank is None else count * size * (rows * columns - rank * (rows + columns))
+        return given - saved
+
+    if budget >= given:
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if held(middle) <= budget else (low, middle)
+    return low
 
 
 def _plain(block: EmulatorBlock, context: Context, fit: LowRankFit) -> nn.Module:

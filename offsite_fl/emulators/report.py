@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from offsite_fl.emulators.base import Batch, Context, Emulator
+from offsite_fl.emulators.budget import count_parameters, stored_bytes
 from offsite_fl.emulators.streams import Stream, read_batches, working_copy
 from offsite_fl.evaluation.loss import evaluate_loss
-from offsite_fl.models.network import build_network, fill_network, plan_network, shared_tensors
+from offsite_fl.models.network import NetworkPlan, build_network, fill_network, plan_network, shared_tensors
 from offsite_fl.models.plug import adapter_tensors
 
 # Calibration tokens that hidden error and perplexity are measured on: enough for two digits, seconds on a CPU.
@@ -30,7 +31,8 @@ class EmulatorReport:
     outside the blocks, and the emulator tensors that equal the owner's. ``flops_share`` is forward FLOPs of the
     emulated middle against the middle on one batch. ``hidden_error`` is ``||T - S||^2 / ||T||^2`` behind the middle
     (full model T, emulated S, padding left out), ``perplexity`` that of adapter + emulator, both on calibration text
-    and None without. ``seconds`` is what building took; None if nobody timed it.
+    and None without. ``seconds`` is what building took; None if nobody timed it. ``notes`` say what didn't come out as
+    asked for, a missed budget for one.
     """
 
     bytes: int
@@ -44,6 +46,12 @@ class EmulatorReport:
     hidden_error: float | None
     perplexity: float | None
     seconds: float | None
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> EmulatorReport | None:
+        """The report that ``dataclasses.asdict`` and JSON made of one; None of an empty object."""
+        return cls(**{**data, "notes": tuple(data.get("notes", ()))}) if data else None
 
 
 def emulator_report(
@@ -74,17 +82,8 @@ def emulator_report(
         hidden_error=error,
         perplexity=perplexity,
         seconds=seconds,
+        notes=emulator.notes,
     )
-
-
-def stored_bytes(modules: Iterable[nn.Module]) -> int:
-    """Bytes of all parameters and persistent buffers, tied ones once: what writing the modules takes."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in _stored(modules))
-
-
-def count_parameters(modules: Iterable[nn.Module]) -> int:
-    """Number of parameter elements, tied ones once."""
-    return sum(p.numel() for p in {id(p): p for module in modules for p in module.parameters()}.values())
 
 
 def verbatim_share(emulator: Emulator, context: Context) -> float:
@@ -153,6 +152,11 @@ def flops_share(emulator: Emulator, context: Context) -> float:
 
 def emulated_network(emulator: Emulator, context: Context) -> nn.Module:
     """Adapter + emulator as a data owner will run it, in eval mode; shares its memory with the owner's tensors."""
+    return planned_network(emulator, context)[0]
+
+
+def planned_network(emulator: Emulator, context: Context) -> tuple[nn.Module, NetworkPlan]:
+    """:func:`emulated_network` and the plan that it was built from; no parameter requires a gradient."""
     modules = [block.module for block in emulator.blocks]
     origins = [block.origin for block in emulator.blocks]
     plan = plan_network(context.model, context.blocks, context.adapter, emulator.layout, modules, origins)
@@ -163,7 +167,7 @@ def emulated_network(emulator: Emulator, context: Context) -> nn.Module:
         named.update({f"emulator.{slot}.{name}": tensor for name, tensor in module.state_dict().items()})
     network = build_network(plan)
     fill_network(network, plan, named)
-    return network.requires_grad_(False)
+    return network.requires_grad_(False), plan
 
 
 def _head(batches: Sequence[Batch], tokens: int) -> list[Batch]:
@@ -179,13 +183,6 @@ def _head(batches: Sequence[Batch], tokens: int) -> list[Batch]:
 def _synthetic_batch(length: int = 64) -> Batch:
     ids = torch.zeros(1, length, dtype=torch.int64)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def _stored(modules: Iterable[nn.Module]) -> list[Tensor]:
-    tensors: dict[int, Tensor] = {}
-    for module in modules:
-        tensors.update({id(tensor): tensor for tensor in module.state_dict(keep_vars=True).values()})
-    return list(tensors.values())
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -47,7 +47,7 @@ def read_batches(context: Context, batches: Sequence[Batch]) -> list[TextBatch]:
     moved = _Mover(torch.device(context.device))
     read = []
     for batch in merged(batches):
-        with _passing_through(block_list(context.model, context.blocks)):
+        with passing_through(block_list(context.model, context.blocks)):
             calls = capture_calls(context.model, context.blocks, batch)
         mask = batch.get("attention_mask")
         kept = None if mask is None or bool(mask.all()) else mask.flatten().bool().to(context.device)
@@ -70,7 +70,7 @@ def merged(batches: Sequence[Batch], tokens: int = MERGED_TOKENS) -> list[Batch]
 
 
 @contextmanager
-def _passing_through(blocks: nn.ModuleList) -> Iterator[None]:
+def passing_through(blocks: nn.ModuleList) -> Iterator[None]:
     """Blocks behind the first hand their input on, for the length of a ``with`` block.
 
     How a model calls its blocks doesn't depend on the hidden states, so capturing the calls needn't cost a forward

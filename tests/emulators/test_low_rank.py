@@ -11,9 +11,10 @@ from torch import nn
 from torch.testing import assert_close
 
 from offsite_fl.emulators.base import Context, start
+from offsite_fl.emulators.budget import emulator_bytes
 from offsite_fl.emulators.factor import rank_for
 from offsite_fl.emulators.groups import dense_linears
-from offsite_fl.emulators.low_rank import LowRank, Mode
+from offsite_fl.emulators.low_rank import LowRank, Mode, share_within
 from offsite_fl.emulators.report import emulated_network
 from offsite_fl.emulators.spec import parse_emulator
 from offsite_fl.errors import EmulatorError
@@ -30,13 +31,14 @@ def test_every_linear_of_every_family(
     context = context_of(pico(family))
     before = {name: tensor.clone() for name, tensor in context.model.state_dict().items()}
     built = LowRank(0.5, mode).compress(start(context), context)
+    share = share_within(start(context), lambda _: True, emulator_bytes(start(context)) // 2)
     for block in built.blocks:
         originals = dict(dense_linears(context.block(block.origin)))
         assert originals
         for path, linear in originals.items():
             new = block.module.get_submodule(path)
             assert isinstance(new, LowRankLinear)
-            assert new.rank == rank_for(0.5, *linear_weight(linear).shape)
+            assert new.rank == rank_for(share, *linear_weight(linear).shape)
             bias = linear_bias(linear)
             assert bias is None or torch.equal(new.up.bias, bias)
     # the owner's model is as it was, bit for bit and without hooks
@@ -147,3 +149,25 @@ def test_a_target_that_is_no_linear(pico_llama: nn.Module, context_of: MakeConte
     with pytest.raises(EmulatorError, match=r"target 'k_porj' is no linear.*k_proj"):
         method.compress(start(context), context)
     assert str(method) == "low-rank:targets=q_proj/k_porj"
+
+
+def test_the_share_of_a_matrix_follows_from_what_is_left(pico_llama: nn.Module, context_of: MakeContext) -> None:
+    """With attention only, all the bytes that must go are taken from attention; found by trying every rank."""
+    context = context_of(pico_llama)
+    whole = emulator_bytes(start(context))
+    built = LowRank(0.9, "plain", targets=("q_proj", "k_proj", "v_proj", "o_proj")).compress(start(context), context)
+    assert built.notes == () and 0.88 * whole < emulator_bytes(built) <= 0.9 * whole
+    assert built.at(2).mlp.up_proj.weight is context.block(2).mlp.up_proj.weight
+
+
+def test_bytes_as_a_budget(pico_llama: nn.Module, context_of: MakeContext) -> None:
+    context = context_of(pico_llama)
+    whole = emulator_bytes(start(context))
+    built = parse_emulator(f"low-rank:bytes={whole // 3},mode=plain").compress(start(context), context)
+    assert 0 <= whole // 3 - emulator_bytes(built) <= 0.02 * whole
+
+
+def test_less_than_rank_one_says_so(pico_llama: nn.Module, context_of: MakeContext) -> None:
+    context = context_of(pico_llama)
+    built = LowRank(0.01, "plain").compress(start(context), context)
+    assert len(built.notes) == 1 and "asked for 1.0% of the bytes" in built.notes[0] and "ranks" in built.notes[0]

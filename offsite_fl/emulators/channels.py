@@ -1,0 +1,130 @@
+"""Inner channels of an MLP, found by watching a block run: which linears write them and which one reads them.
+
+In ``down(act(gate(x)) * up(x))``, and in ``fc2(act(fc1(x)))``, the channels between the linears stand side by side: one
+can be taken out, or all put in another order, without touching anything else. No module names are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offsite_fl.emulators.groups import BlockPlan
+from offsite_fl.models.linears import is_linear, linear_bias, linear_weight, replace_module
+from offsite_fl.models.walk import BlockCall, call_block
+
+
+@dataclass(frozen=True)
+class ChannelChain:
+    """The inner channels of one MLP.
+
+    ``readers`` are the linears that read the block's stream and write ``width`` channels each (``parts`` times
+    ``width`` where one linear writes several halves, as Phi-3's fused gate and up), ``writer`` is the one that reads
+    those channels and nothing else.
+    """
+
+    readers: tuple[str, ...]
+    writer: str
+    width: int
+    parts: int = 1
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All linears of the chain."""
+        return (*self.readers, self.writer)
+
+
+@torch.no_grad()
+def find_chains(block: nn.Module, hidden: Tensor, call: BlockCall, plan: BlockPlan) -> tuple[ChannelChain, ...]:
+    """The chains of ``block``, in the order in which they run.
+
+    A group of linears and a linear behind it are a chain if what the latter reads follows the former's outputs channel
+    by channel and token by token: with both put in another order it comes out in that order. Attention doesn't.
+
+    Args:
+        block: a block in eval mode.
+        hidden: [B, T, hidden] with at least two tokens.
+        call: how the model calls it.
+        plan: from :func:`~offsite_fl.emulators.groups.plan_block`.
+    """
+    chains = []
+    for number, group in enumerate(plan.groups):
+        outputs = {linear_weight(block.get_submodule(path)).shape[0] for path in group}
+        if len(outputs) != 1:
+            continue
+        for later in plan.groups[number + 1 :]:
+            width = linear_weight(block.get_submodule(later[0])).shape[1]
+            parts, odd = divmod(outputs.copy().pop(), width)
+            if len(later) > 1 or odd or parts > 2:
+                continue
+            chain = ChannelChain(group, later[0], width, parts)
+            if _side_by_side(block, hidden, call, chain):
+                chains.append(chain)
+                break
+    return tuple(chains)
+
+
+def keep_channels(block: nn.Module, chain: ChannelChain, kept: Tensor) -> None:
+    """Leave only the channels ``kept`` (int64, in the order given) of ``chain`` in ``block``.
+
+    Linears become ``nn.Linear`` of fewer rows or columns; weights are copied, dtypes and biases stay. With all channels
+    in another order the block computes what it did before.
+    """
+    for path in chain.readers:
+        linear = block.get_submodule(path)
+        rows = torch.cat([kept + part * chain.width for part in range(chain.parts)])
+        bias = linear_bias(linear)
+        _put(block, path, linear_weight(linear)[rows], None if bias is None else bias[rows])
+    linear = block.get_submodule(chain.writer)
+    _put(block, chain.writer, linear_weight(linear)[:, kept], linear_bias(linear))
+
+
+def _put(block: nn.Module, path: str, weight: Tensor, bias: Tensor | None) -> None:
+    old = block.get_submodule(path)
+    assert is_linear(old)
+    new = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    new.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    if bias is not None:
+        new.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    replace_module(block, path, new.train(old.training))
+
+
+def _side_by_side(block: nn.Module, hidden: Tensor, call: BlockCall, chain: ChannelChain) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    channels = torch.randperm(chain.width, generator=generator).to(hidden.device)
+    tokens = torch.randperm(hidden.shape[1], generator=generator).to(hidden.device)
+    rows = torch.cat([channels + part * chain.width for part in range(chain.parts)])
+
+    def mixed(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        shaped = output.reshape(*hidden.shape[:2], -1)
+        return shaped[:, tokens][..., rows].reshape(output.shape)
+
+    plain = _read_by(block, hidden, call, chain, None).reshape(*hidden.shape[:2], -1)
+    turned = _read_by(block, hidden, call, chain, mixed).reshape(*hidden.shape[:2], -1)
+    expected = plain[:, tokens][..., channels].float()
+    error = float((turned.float() - expected).norm())
+    return error <= 1e-3 * float(expected.norm()) and float((plain.float() - expected).norm()) > error
+
+
+def _read_by(
+    block: nn.Module, hidden: Tensor, call: BlockCall, chain: ChannelChain, mixed: Callable[..., Tensor] | None
+) -> Tensor:
+    """What the chain's writer reads, with the readers' outputs passed through ``mixed``."""
+    seen: dict[str, Tensor] = {}
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen["x"] = args[0] if args else next(iter(kwargs.values()))
+
+    handles = [block.get_submodule(chain.writer).register_forward_pre_hook(note, with_kwargs=True)]
+    if mixed is not None:
+        handles += [block.get_submodule(path).register_forward_hook(mixed) for path in chain.readers]
+    try:
+        call_block(block, hidden, call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen["x"]
