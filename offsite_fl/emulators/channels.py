@@ -6,8 +6,8 @@ can be taken out, or all put in another order, without touching anything else. N
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,19 +53,32 @@ def find_chains(block: nn.Module, hidden: Tensor, call: BlockCall, plan: BlockPl
     """
     chains = []
     for number, group in enumerate(plan.groups):
-        outputs = {linear_weight(block.get_submodule(path)).shape[0] for path in group}
-        if len(outputs) != 1:
-            continue
         for later in plan.groups[number + 1 :]:
-            width = linear_weight(block.get_submodule(later[0])).shape[1]
-            parts, odd = divmod(outputs.copy().pop(), width)
-            if len(later) > 1 or odd or parts > 2:
-                continue
-            chain = ChannelChain(group, later[0], width, parts)
-            if _side_by_side(block, hidden, call, chain):
-                chains.append(chain)
+            found = None if len(later) > 1 else _chain_between(block, hidden, call, group, later[0])
+            if found is not None:
+                chains.append(found)
                 break
     return tuple(chains)
+
+
+def _chain_between(
+    block: nn.Module, hidden: Tensor, call: BlockCall, group: Sequence[str], writer: str
+) -> ChannelChain | None:
+    """The chain from members of ``group`` to ``writer``; None if what the writer reads doesn't follow them."""
+    width = linear_weight(block.get_submodule(writer)).shape[1]
+    outputs = {path: linear_weight(block.get_submodule(path)).shape[0] for path in group}
+    for parts in (1, 2):
+        readers = tuple(path for path, size in outputs.items() if size == parts * width)
+        chain = ChannelChain(readers, writer, width, parts)
+        if not readers or not _side_by_side(block, hidden, call, chain):
+            continue
+        # A member that is as wide by chance (a query beside a parallel MLP) can stay as it is without being missed.
+        for path in readers:
+            without = replace(chain, readers=tuple(p for p in chain.readers if p != path))
+            if without.readers and _side_by_side(block, hidden, call, without):
+                chain = without
+        return chain
+    return None
 
 
 def keep_channels(block: nn.Module, chain: ChannelChain, kept: Tensor) -> None:

@@ -36,7 +36,7 @@ def test_emulators() -> None:
     told = run_json("emulators")
     assert [entry["name"] for entry in told] == [method.name for method in describe_emulators()]
     assert {"key": "bits", "type": "int", "default": "8"} in next(e for e in told if e["name"] == "quantize")["options"]
-    assert "keep (float, needed)" in run_cli("emulators").stdout
+    assert "keep (float, 0.5)" in run_cli("emulators").stdout
 
 
 def test_strategies() -> None:

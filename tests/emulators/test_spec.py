@@ -80,7 +80,7 @@ def test_chains_are_flat() -> None:
         ("low-rank:keep=half", "low-rank:keep = 'half' must be of type float"),
         ("low-rank:keep=1.5", "must be a share above 0 and at most 1"),
         ("low-rank:ridge=0", "ridge = 0.0 must be above 0"),
-        ("layer-drop", "needs keep; for example layer-drop:keep="),
+        ("low-rank:keep=0.5,bytes=many", "size 'many' can't be read"),
         ("layer-drop:8", "'8' in emulator spec 'layer-drop:8' isn't an option; write key=value"),
         ("layer-drop:keep=8,keep=9", "'keep' is given twice"),
         ("layer-drop:keep=8+", "empty part"),
