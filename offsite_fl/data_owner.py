@@ -25,7 +25,7 @@ from offsite_fl.evaluation.loss import LossResult, evaluate_loss
 from offsite_fl.models.network import NetworkPlan, adapter_parameters, build_network, fill_network, place_blocks
 from offsite_fl.tuning.dtypes import prepare_dtypes, resolve_device
 from offsite_fl.tuning.lora import AdapterLora, add_lora
-from offsite_fl.tuning.tune import tune
+from offsite_fl.tuning.tune import TuneResult, tune
 from offsite_fl.update import Update
 
 
@@ -65,10 +65,6 @@ class DataOwner:
     def _parameters(self) -> dict[str, nn.Parameter]:
         return adapter_parameters(self.model, self.plan)
 
-    def _adapter_blocks(self) -> dict[int, nn.Module]:
-        blocks = place_blocks(self.model, self.plan)
-        return {slot: blocks[index] for slot, index in self.plan.adapter_places().items()}
-
     def adapter(self) -> dict[str, torch.Tensor]:
         """Copies of the adapter's current values by slot name, fp32 on the CPU."""
         return {name: p.detach().float().cpu().clone() for name, p in self._parameters().items()}
@@ -104,7 +100,7 @@ class DataOwner:
         The result's ``remove()`` takes the factors out again; adapter values themselves stay frozen meanwhile.
         """
         self.reset()
-        inside = add_lora(self._adapter_blocks(), options, seed)
+        inside = add_lora(adapter_blocks(self.model, self.plan), options, seed)
         if factors is not None:
             inside.load(factors)
         return inside
@@ -131,15 +127,11 @@ class DataOwner:
         train = self._examples(source, config)
         held_out = self._examples(validation, config) if validation is not None else None
         if config.lora is not None:
-            inside = self.lora(config.lora, config.seed, start)
-            try:
-                done = tune(self.model, inside.parameters(), train, config, validation=held_out, pad_id=self.pad_id)
-            finally:
-                inside.remove()
-        else:
-            if start is not None:
-                self.load_adapter(start)
-            done = tune(self.model, self._parameters(), train, config, validation=held_out, pad_id=self.pad_id)
+            self.reset()
+        elif start is not None:
+            self.load_adapter(start)
+            start = None
+        done = tune_adapter(self.model, self.plan, train, config, validation=held_out, pad_id=self.pad_id, start=start)
         return Update(done.tensors, self.bundle.digest, done.examples, config.lora, done.metrics)
 
     def _examples(self, source: Source, config: TuneConfig) -> Dataset:
@@ -156,6 +148,38 @@ class DataOwner:
         batches = make_loader(self._examples(source, config), config.batch_size, pad_id=self.pad_id)
         device = resolve_device(config)
         return evaluate_loss(self.model.to(device), batches, device)
+
+
+def adapter_blocks(network: nn.Module, plan: NetworkPlan) -> dict[int, nn.Module]:
+    """The adapter's blocks in ``network`` by slot."""
+    blocks = place_blocks(network, plan)
+    return {slot: blocks[index] for slot, index in plan.adapter_places().items()}
+
+
+def tune_adapter(
+    network: nn.Module,
+    plan: NetworkPlan,
+    train: Dataset,
+    config: TuneConfig,
+    *,
+    validation: Dataset | None = None,
+    pad_id: int = 0,
+    start: Mapping[str, torch.Tensor] | None = None,
+) -> TuneResult:
+    """Tune the adapter of ``network``, or LoRA factors inside it where ``config`` asks for them.
+
+    ``start`` are LoRA factors to begin with (None: fresh ones); the factors are taken out again at the end.
+    """
+    if config.lora is None:
+        parameters = adapter_parameters(network, plan)
+        return tune(network, parameters, train, config, validation=validation, pad_id=pad_id)
+    inside = add_lora(adapter_blocks(network, plan), config.lora, config.seed)
+    try:
+        if start is not None:
+            inside.load(start)
+        return tune(network, inside.parameters(), train, config, validation=validation, pad_id=pad_id)
+    finally:
+        inside.remove()
 
 
 def network_of(bundle: Bundle, frozen_dtype: FrozenDtype = "auto", device: str | None = None) -> nn.Module:

@@ -22,6 +22,7 @@ from offsite_fl.errors import DataError, UpdateError
 from offsite_fl.evaluation.loss import LossResult, evaluate_loss
 from offsite_fl.evaluation.rows import Row
 from offsite_fl.owner import ModelOwner
+from offsite_fl.repair import Repair
 from offsite_fl.tuning.dtypes import resolve_device
 from offsite_fl.tuning.tune import tune
 
@@ -90,9 +91,9 @@ class Measure:
         self._data_owner.load_adapter(self.owner.adapter_values(tensors, lora))
         return self._row(self._data_owner.model)
 
-    def plug_in(self, tensors: Tensors, lora: LoraOptions | None = None) -> Row:
-        """The full model with a tuned adapter; the owner's model is as before afterwards."""
-        with self.owner.plugged_in(tensors, lora) as model:
+    def plug_in(self, tensors: Tensors, lora: LoraOptions | None = None, repair: Repair | None = None) -> Row:
+        """The full model with a tuned adapter, less a ``repair``; the owner's model is as before afterwards."""
+        with self.owner.plugged_in(tensors, lora, repair) as model:
             return self._row(model)
 
     def full_fine_tuning(self, sources: Sequence[Source], config: TuneConfig) -> Row:

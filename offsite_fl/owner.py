@@ -25,15 +25,22 @@ from offsite_fl.config import LoraOptions, TuneConfig
 from offsite_fl.data.examples import split_examples, to_examples
 from offsite_fl.data.loader import make_loader, pad_id_of
 from offsite_fl.data.sources import Source
-from offsite_fl.data_owner import network_of
+from offsite_fl.data_owner import DataOwner, network_of, tune_adapter
 from offsite_fl.emulators import Batch, Context, Emulator, EmulatorMethod, parse_emulator, start
-from offsite_fl.emulators.report import EmulatorReport, emulator_report
+from offsite_fl.emulators.report import EmulatorReport, emulator_report, planned_network
 from offsite_fl.errors import ModelError, SplitError, UpdateError
 from offsite_fl.models.blocks import Blocks, block_list, find_blocks
 from offsite_fl.models.load import load_model
-from offsite_fl.models.network import NetworkPlan, expected_tensors, plan_network, shared_tensors
+from offsite_fl.models.network import (
+    NetworkPlan,
+    adapter_parameters,
+    expected_tensors,
+    plan_network,
+    shared_tensors,
+)
 from offsite_fl.models.plug import adapter_tensors, plug_in, swapped_in
 from offsite_fl.models.split import Split
+from offsite_fl.repair import Repair
 from offsite_fl.tuning.dtypes import resolve_device
 from offsite_fl.tuning.lora import add_lora, merge_lora
 from offsite_fl.update import Update
@@ -224,10 +231,12 @@ class ModelOwner:
 
     def emulated(self, bundle: Bundle | None = None) -> nn.Module:
         """The network that the data owners run, adapter + emulator, with the signature of the full model."""
-        bundle = bundle or self.bundle
-        if bundle is None:
+        return network_of(bundle or self._handed_out_bundle(), "float32")
+
+    def _handed_out_bundle(self) -> Bundle:
+        if self.bundle is None:
             raise UpdateError("there is no bundle yet: call make_bundle() or use_bundle() first")
-        return network_of(bundle, "float32")
+        return self.bundle
 
     # What comes back -------------------------------------------------------------------------------------------
 
@@ -244,12 +253,14 @@ class ModelOwner:
         return {name: p.detach().float().cpu().clone() for name, p in inside.parameters().items()}
 
     def adapter_values(
-        self, tensors: Mapping[str, torch.Tensor], lora: LoraOptions | None = None
+        self, tensors: Mapping[str, torch.Tensor], lora: LoraOptions | None = None, repair: Repair | None = None
     ) -> dict[str, torch.Tensor]:
-        """Full adapter values for an update: its tensors, or the handed-out adapter with the factors merged."""
-        if lora is None:
-            return dict(tensors)
-        return merge_lora(self._adapter_copies(), tensors, lora)
+        """Full adapter values for an update: its tensors, or the handed-out adapter with the factors merged.
+
+        With a ``repair``, that is taken out of the change.
+        """
+        values = dict(tensors) if lora is None else merge_lora(self._adapter_copies(), tensors, lora)
+        return values if repair is None else repair.taken_out(values, self._handed_out)
 
     def _adapter_copies(self) -> dict[int, nn.Module]:
         """fp32 copies of the adapter's blocks with the values that were handed out."""
@@ -261,25 +272,58 @@ class ModelOwner:
                     parameter.copy_(self._handed_out[f"adapter.{slot}.{name}"])
         return copies
 
-    def plug_in(self, update: Update) -> None:
+    def measure_repair(self, public: Source, config: TuneConfig, *, share: float = 1.0, scale: float = 1.0) -> Repair:
+        """What tuning by ``config`` on the handed-out emulator does only to put the emulator right.
+
+        Plays a data owner on ``public`` text (of nobody's private data), on the emulator and on the full model, with
+        the same batches; see :mod:`offsite_fl.repair`. ``config`` should be that of the data owners, with all their
+        steps. Takes as long as two data owners do, and the memory of the full model and the emulator.
+        """
+        bundle = self._handed_out_bundle()
+        config = replace(config, validation_share=0.0, patience=None, schedule_offset=0)
+        examples = to_examples(public, self.tokenizer, block_size=config.block_size, loss_on=config.loss_on)
+        on_emulator = DataOwner.open(bundle, config.frozen_dtype, config.device).tune(examples, config)
+        context = self.context()
+        network, plan = planned_network(start(context), context)
+        with torch.no_grad():
+            for name, parameter in adapter_parameters(network, plan).items():
+                # Private values: training writes to them, and the owner's model may have an update plugged in.
+                parameter.data = self._handed_out[name].to(parameter.device, copy=True)
+        pad_id = pad_id_of(self.tokenizer)
+        on_full = tune_adapter(network, plan, examples, config, pad_id=pad_id)
+        ours = self.adapter_values(on_emulator.tensors, config.lora)
+        theirs = self.adapter_values(on_full.tensors, config.lora)
+        tensors = {name: ours[name] - theirs[name] for name in ours}
+        return Repair(tensors, bundle.digest, on_full.steps, share, scale)
+
+    def plug_in(self, update: Update, repair: Repair | None = None) -> None:
         """Write an update into the full model: exactly the adapter's tensors change, or nothing and ``UpdateError``.
 
         The update must have been made for the bundle that this owner handed out last. Plugging a second update in
         replaces the first: both mean values (or factors on the handed-out adapter), not differences to what is there.
+        With a ``repair`` (:meth:`measure_repair`), that is taken out of the update's change first.
         """
-        if not isinstance(update, Update):
-            raise UpdateError(f"plug_in takes an Update, got {type(update).__name__}; Update.load(path) reads a file")
-        if self.bundle is not None and update.digest != self.bundle.digest:
-            raise UpdateError(
-                f"the update was made for bundle {update.digest[:12]}, this owner handed out {self.bundle.digest[:12]}"
-            )
-        values = self.adapter_values(update.tensors, update.lora)
+        for given, kind in ((update, Update), *(((repair, Repair),) if repair is not None else ())):
+            if not isinstance(given, kind):
+                raise UpdateError(
+                    f"plug_in takes an {kind.__name__}, got {type(given).__name__}; {kind.__name__}.load(path) reads "
+                    "a file"
+                )
+            if self.bundle is not None and given.digest != self.bundle.digest:
+                raise UpdateError(
+                    f"the {kind.__name__.lower()} was made for bundle {given.digest[:12]}, this owner handed out "
+                    f"{self.bundle.digest[:12]}"
+                )
+        values = self.adapter_values(update.tensors, update.lora, repair)
         plug_in(self.model, self.blocks, self.adapter_indices, values)
 
     @contextmanager
-    def plugged_in(self, tensors: Mapping[str, torch.Tensor], lora: LoraOptions | None = None) -> Iterator[nn.Module]:
+    def plugged_in(
+        self, tensors: Mapping[str, torch.Tensor], lora: LoraOptions | None = None, repair: Repair | None = None
+    ) -> Iterator[nn.Module]:
         """The full model with ``tensors`` plugged in for the length of a ``with`` block; then as before to the bit."""
-        with swapped_in(self.model, self.blocks, self.adapter_indices, self.adapter_values(tensors, lora)):
+        values = self.adapter_values(tensors, lora, repair)
+        with swapped_in(self.model, self.blocks, self.adapter_indices, values):
             yield self.model
 
     def save(self, folder: str | Path) -> Path:

@@ -20,6 +20,7 @@ RANKS = {
     "config": 1,
     "sizes": 1,
     "update": 2,
+    "repair": 3,
     "models": 3,
     "data": 4,
     "evaluation": 5,
@@ -32,6 +33,7 @@ RANKS = {
     "owner": 9,
     "client_app": 9,
     "measure": 10,
+    "choosing": 11,
     "strategies": 11,
     "cli": 12,
     "offsite_fl": 13,  # the package's own __init__: a facade over everything, so nothing inside may import it

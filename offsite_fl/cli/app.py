@@ -12,10 +12,12 @@ from typer.core import TyperGroup
 
 from offsite_fl.cli import lists
 from offsite_fl.cli.bundle import bundle
+from offsite_fl.cli.choose import choose
 from offsite_fl.cli.evaluate import evaluate
 from offsite_fl.cli.inspect import inspect
 from offsite_fl.cli.output import fail
 from offsite_fl.cli.plug import plug
+from offsite_fl.cli.repair import repair
 from offsite_fl.cli.report import report
 from offsite_fl.cli.tune import tune
 from offsite_fl.errors import OffsiteError
@@ -78,7 +80,9 @@ def _root(
 
 OWNER, DATA, BOTH = "The model owner", "The data owner", "To look at"
 for _command, _panel in (
+    (choose, OWNER),
     (bundle, OWNER),
+    (repair, OWNER),
     (plug, OWNER),
     (evaluate, OWNER),
     (tune, DATA),

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import rich
 import typer
 
 from offsite_fl.cli.contents import contents, print_contents
 from offsite_fl.cli.files import check_writable
 from offsite_fl.cli.output import AsJson, Stages, emit, line, result
-from offsite_fl.cli.settings import DTYPES, dtype_of, split_of
+from offsite_fl.cli.settings import DTYPES, dtype_of
+from offsite_fl.cli.spread import SpreadSplit, cut_of, provisional_split, split_owner
 from offsite_fl.errors import ConfigError
 
 Model = Annotated[str, typer.Argument(metavar="MODEL")]
@@ -29,6 +31,14 @@ def bundle(
     first: Annotated[int | None, typer.Option(help="How many of the first blocks are adapter (2).")] = None,
     last: Annotated[int | None, typer.Option(help="How many of the last blocks are adapter (2).")] = None,
     at: Annotated[str | None, typer.Option(metavar="0,5,...", help="Or exactly these blocks, from 0.")] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPLIT",
+            help="Or first-last as 2-2, or at=0,5,..., or spread=KEEP/ADAPTER: so many blocks kept in all, of which so "
+            "many are adapter, placed as CRaSh does by the --calibration text.",
+        ),
+    ] = None,
     calibration: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Public text for methods that look at activations.")
     ] = None,
@@ -51,7 +61,7 @@ def bundle(
 
     The owner-private map (which tensor came from where) is written beside it, as DIR.owner.json, and stays here.
     """
-    split, stages = split_of(first, last, at), Stages()
+    cut, stages = cut_of(first, last, at, split), Stages()
     with stages("getting ready"):
         from offsite_fl.bundle import OwnerMap
         from offsite_fl.bundle.manifest import MANIFEST
@@ -63,6 +73,8 @@ def bundle(
         # Before the long work, which would be lost.
         method, kept = parse_emulator(emulator), dtype_of(dtype)
         parse_bytes(shard_size)
+        if isinstance(cut, SpreadSplit):
+            cut.check(calibration)
         check_writable(out)
         check_target(out)
         if (out / MANIFEST).is_file() and not force:
@@ -71,7 +83,11 @@ def bundle(
                 "or --force to replace it"
             )
     with stages(f"opening {model}"):
-        owner = ModelOwner.from_pretrained(model, split)
+        owner = ModelOwner.from_pretrained(model, provisional_split() if isinstance(cut, SpreadSplit) else cut)
+    if isinstance(cut, SpreadSplit):
+        with stages(f"placing the adapter: {cut}"):
+            owner = split_owner(owner, cut, method, calibration, calibration_tokens, block_size, seed)
+        rich.print(line(f"split {cut} is {owner.split} on {calibration}"))
     with stages(f"compressing the middle: {method}"):
         made = owner.make_bundle(
             method,

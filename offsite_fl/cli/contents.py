@@ -75,6 +75,8 @@ def _kind(entry: Mapping[str, Any]) -> tuple[str, int]:
         return f"int{entry['bits']}, groups of", int(entry["group"])
     if entry["kind"] == "low-rank":
         return "low-rank, rank", int(entry["rank"])
+    if entry["kind"] == "harmonizer":
+        return "harmonizer in place of the block, rank", int(entry["rank"])
     return "resized, outputs", int(entry["out"])
 
 

@@ -10,14 +10,15 @@ import typer
 from offsite_fl.cli.bundle import Model
 from offsite_fl.cli.files import check_writable
 from offsite_fl.cli.output import AsJson, Stages, emit, line, result
-from offsite_fl.cli.parties import open_owner, read_update
-from offsite_fl.cli.plug import BundleOption
+from offsite_fl.cli.parties import open_owner, read_repair, read_update
+from offsite_fl.cli.plug import BundleOption, RepairOption
 from offsite_fl.cli.settings import BatchSize, BlockSize, LossOn, Pairs, Seed, tune_settings
 from offsite_fl.config import TuneConfig, to_mapping
 
 if TYPE_CHECKING:
     from offsite_fl.evaluation.rows import FiveRows
     from offsite_fl.measure import Measure
+    from offsite_fl.repair import Repair
     from offsite_fl.update import Update
 
 NO_UPDATE = "No update was given: the rows of tuning are those of the adapter as it was handed out."
@@ -28,6 +29,7 @@ def evaluate(
     bundle: BundleOption,
     data: Annotated[Path, typer.Option(metavar="TEST", help="Held-out data, of a kind that `tune` takes.")],
     update: Annotated[Path | None, typer.Option(metavar="UPDATE", help="What came back from tuning.")] = None,
+    repair: RepairOption = None,
     fine_tune: Annotated[
         list[Path] | None,
         typer.Option(metavar="TRAIN", help="Data for the fifth row, full fine-tuning; once for each data owner."),
@@ -63,7 +65,7 @@ def evaluate(
             check_writable(out / "report.json")
         opened = open_bundle(bundle)
         came, note = read_update(update, opened) if update else None, OwnerMap.load(opened.path)
-        config = _with_steps(config, came)
+        config, less = _with_steps(config, came), read_repair(repair, opened)
         measure = Measure(
             open_owner(model, opened, note),
             data,
@@ -75,17 +77,17 @@ def evaluate(
         )
         if fine_tune:
             measure.pooled(fine_tune)  # what is wrong with the data should be told now, not after four rows
-    rows = five_rows(measure, came, fine_tune or [], config, stages)
-    given = {"model": model, "bundle": str(bundle), "update": update, "data": data, "fine-tune": fine_tune or []}
+    rows = five_rows(measure, came, fine_tune or [], config, stages, less)
+    given: dict[str, Any] = {"model": model, "bundle": str(bundle), "update": update, "repair": repair, "data": data}
     report = RunReport(
         rows=rows,
-        config=_plain(given) | to_mapping(config, "tune."),
+        config=_plain(given | {"fine-tune": fine_tune or []}) | to_mapping(config, "tune."),
         versions=versions(),
         seeds={"full fine-tuning": config.seed} if fine_tune else {},
         seconds=stages.seconds,
         emulator={"spec": note.emulator, **note.report, "bundle_bytes": opened.bytes_by_kind()},
         data={"held-out test": {"tokens": measure.tokens}},
-        notes=_notes(came, bool(fine_tune), config),
+        notes=_notes(came, bool(fine_tune), config, less),
     )
     if out is not None:
         report.write(out)
@@ -98,7 +100,12 @@ def evaluate(
 
 
 def five_rows(
-    measure: Measure, update: Update | None, fine_tune: list[Path], config: TuneConfig, stages: Stages
+    measure: Measure,
+    update: Update | None,
+    fine_tune: list[Path],
+    config: TuneConfig,
+    stages: Stages,
+    repair: Repair | None = None,
 ) -> FiveRows:
     """Measure row by row; without an update nothing is tuned, and the two tuned rows equal the untuned ones."""
     from offsite_fl.evaluation.rows import FiveRows
@@ -112,7 +119,7 @@ def five_rows(
         with stages("emulator tuned"):
             tuned = measure.emulator_tuned(update.tensors, update.lora)
         with stages("plug-in"):
-            plugged = measure.plug_in(update.tensors, update.lora)
+            plugged = measure.plug_in(update.tensors, update.lora, repair)
     if fine_tune:
         with stages("full fine-tuning"):
             upper = measure.full_fine_tuning(fine_tune, config)
@@ -133,8 +140,10 @@ def _plain(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _notes(update: Update | None, fine_tuned: bool, config: TuneConfig) -> list[str]:
+def _notes(update: Update | None, fine_tuned: bool, config: TuneConfig, repair: Repair | None) -> list[str]:
     notes = [] if update else [NO_UPDATE]
+    if repair is not None:
+        notes.append(repair.note)
     if fine_tuned:
         length = f"{config.max_steps} steps" if config.max_steps else f"{config.epochs:g} epochs"
         notes.append(f"Full fine-tuning: {length} in batches of {config.batch_size}, learning rate {config.lr:g}.")

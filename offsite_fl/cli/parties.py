@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from offsite_fl.bundle import Bundle, OwnerMap
     from offsite_fl.owner import ModelOwner
+    from offsite_fl.repair import Repair
     from offsite_fl.update import Update
 
 
@@ -38,3 +39,17 @@ def read_update(path: Path, bundle: Bundle) -> Update:
             f"update {path} was made for bundle {update.digest[:12]}, {bundle.path} is bundle {bundle.digest[:12]}"
         )
     return update
+
+
+def read_repair(path: Path | None, bundle: Bundle) -> Repair | None:
+    """The repair in ``path``, which must have been made for ``bundle``; None without a path."""
+    from offsite_fl.repair import Repair
+
+    if path is None:
+        return None
+    repair = Repair.load(path)
+    if repair.digest != bundle.digest:
+        raise UpdateError(
+            f"repair {path} was made for bundle {repair.digest[:12]}, {bundle.path} is bundle {bundle.digest[:12]}"
+        )
+    return repair

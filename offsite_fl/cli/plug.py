@@ -10,12 +10,16 @@ import typer
 from offsite_fl.cli.bundle import Model
 from offsite_fl.cli.files import check_new_folder, new_folder
 from offsite_fl.cli.output import AsJson, Stages, emit, line, result
-from offsite_fl.cli.parties import open_owner, read_update
+from offsite_fl.cli.parties import open_owner, read_repair, read_update
 from offsite_fl.cli.settings import DTYPES, dtype_of
 
 BundleOption = Annotated[
     Path,
     typer.Option(metavar="BUNDLE", help="Folder of the bundle that was handed out, with the owner's map beside it."),
+]
+
+RepairOption = Annotated[
+    Path | None, typer.Option(metavar="REPAIR", help="From `offsite-fl repair`; taken out of the update.")
 ]
 
 
@@ -27,6 +31,7 @@ def plug(
     dtype: Annotated[
         str | None, typer.Option(help=f"Of the adapted model: {', '.join(DTYPES)}; that of MODEL's files if not given.")
     ] = None,
+    repair: RepairOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Plug an update into the full model and save it as an ordinary Hugging Face folder.
@@ -43,12 +48,13 @@ def plug(
         check_new_folder(out)
         opened = open_bundle(bundle)
         came, note = read_update(update, opened), OwnerMap.load(opened.path)
+        less = read_repair(repair, opened)
         kept = dtype_of(dtype) or stored_dtype(model)
         owner = open_owner(model, opened, note)
     with stages(f"writing {out}"):
         # Cast first, so that values which don't survive the cast are refused like any others that don't fit.
         owner.model.to(kept)
-        owner.plug_in(came)
+        owner.plug_in(came, less)
         with new_folder(out) as folder:
             owner.save(folder)
     found = {
@@ -57,6 +63,7 @@ def plug(
         "changed_tensors": len(owner.adapter()),
         "adapter": list(owner.adapter_indices),
         "num_examples": came.num_examples,
+        "repair": str(repair) if repair else None,
         "seconds": stages.seconds,
     }
     if as_json:

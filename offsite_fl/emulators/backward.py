@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from offsite_fl.emulators.base import Batch, Context
 from offsite_fl.emulators.streams import Stream, TextBatch, merged, passing_through, read_batches, working_copy
-from offsite_fl.evaluation.loss import causal_nll
+from offsite_fl.evaluation.loss import causal_nll, plain_head
 from offsite_fl.models.blocks import block_list
 from offsite_fl.models.walk import BlockCall, call_block
 
@@ -46,6 +46,8 @@ class BackwardPass:
         for position in context.track(range(context.blocks.depth), f"{description}: forward"):
             streams.append(streams[-1].through(working_copy(context.block(position), context.device), position))
         self._behind: list[Tensor] = []
+        # Found out on four tokens here; below, the pass would put a whole batch in their place.
+        plain_head(context.model)
         for inputs, hidden in zip(self._inputs, streams.pop().hidden, strict=True):
             loss, count, gradient = _head_gradient(context, inputs, hidden)
             nats, self.tokens = nats + loss, self.tokens + count

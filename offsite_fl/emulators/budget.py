@@ -56,12 +56,16 @@ class BudgetedMethod(EmulatorMethod):
         return replace(built, notes=(*built.notes, self._missed(budget / given, held / given)))
 
     def _missed(self, asked: float, held: float) -> str:
-        why = f": {self.grain}" if self.grain else ""
-        return f"{self.name} was asked for {asked:.1%} of the bytes and holds {held:.1%}{why}"
+        return missed_note(self.name, asked, held, self.grain)
 
     @abstractmethod
     def reduce(self, emulator: Emulator, context: Context, budget: int | None) -> Emulator:
         """Return an emulator of about ``budget`` bytes; neither ``emulator`` nor the full model is changed."""
+
+
+def missed_note(name: str, asked: float, held: float, why: str = "") -> str:
+    """What an emulator's notes say of a missed budget; ``asked`` and ``held`` are shares of what ``name`` was given."""
+    return f"{name} was asked for {asked:.1%} of the bytes and holds {held:.1%}" + (f": {why}" if why else "")
 
 
 def emulator_bytes(emulator: Emulator) -> int:

@@ -91,12 +91,13 @@ def keep_channels(block: nn.Module, chain: ChannelChain, kept: Tensor) -> None:
         linear = block.get_submodule(path)
         rows = torch.cat([kept + part * chain.width for part in range(chain.parts)])
         bias = linear_bias(linear)
-        _put(block, path, linear_weight(linear)[rows], None if bias is None else bias[rows])
+        put_linear(block, path, linear_weight(linear)[rows], None if bias is None else bias[rows])
     linear = block.get_submodule(chain.writer)
-    _put(block, chain.writer, linear_weight(linear)[:, kept], linear_bias(linear))
+    put_linear(block, chain.writer, linear_weight(linear)[:, kept], linear_bias(linear))
 
 
-def _put(block: nn.Module, path: str, weight: Tensor, bias: Tensor | None) -> None:
+def put_linear(block: nn.Module, path: str, weight: Tensor, bias: Tensor | None) -> None:
+    """Put an ``nn.Linear`` of copies of ``weight`` [out, in] and ``bias`` in the place of the linear at ``path``."""
     old = block.get_submodule(path)
     assert is_linear(old)
     new = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")

@@ -1,4 +1,4 @@
-"""What a distillation needs to go on after an interruption, in one safetensors file with a JSON header."""
+"""What a training run needs to go on after an interruption, in one safetensors file with a JSON header."""
 
 from __future__ import annotations
 
@@ -37,12 +37,13 @@ class RunState:
 class Checkpoints:
     """The checkpoint of one run, below ``workdir`` in a folder named after the run's fingerprint.
 
-    Another run (other options, weights, text or seed) has another fingerprint and never meets this file.
+    Another run (other options, weights, text or seed) has another fingerprint and never meets this file. ``name`` is
+    the method's.
     """
 
-    def __init__(self, workdir: Path, key: str) -> None:
+    def __init__(self, workdir: Path, key: str, name: str = "distill") -> None:
         self.key = key
-        self.path = Path(workdir) / f"distill-{key[:16]}" / "state.safetensors"
+        self.path = Path(workdir) / f"{name}-{key[:16]}" / "state.safetensors"
 
     def save(self, state: RunState, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         """Replace the file by the state of now, atomically: a crash leaves the old one."""
@@ -84,7 +85,7 @@ class Checkpoints:
             weights = {name: tensors[f"weight.{name}"] for name in parameters}
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             raise CheckpointError(
-                f"{self.path} can't be read as the checkpoint of this distillation ({error}); delete it to start anew"
+                f"{self.path} can't be read as the checkpoint of this run ({error}); delete it to start anew"
             ) from error
         for name, parameter in parameters.items():
             parameter.data.copy_(weights[name])

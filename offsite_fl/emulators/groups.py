@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offsite_fl.models.harmonizer import Harmonizer
 from offsite_fl.models.linears import LowRankLinear, QuantizedLinear, is_linear
 from offsite_fl.models.walk import BlockCall, call_block
 
@@ -50,7 +51,9 @@ class _SeenEnough(Exception):
 
 
 def dense_linears(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Dense linears with their paths, without the parts of what has already been replaced."""
+    """Dense linears with their paths, without the parts of what has already been replaced; a harmonizer has none."""
+    if isinstance(block, Harmonizer):
+        return
     done = [p + "." for p, m in block.named_modules() if isinstance(m, (LowRankLinear, QuantizedLinear))]
     for path, module in block.named_modules():
         if is_linear(module) and not path.startswith(tuple(done)):

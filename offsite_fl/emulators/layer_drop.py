@@ -41,6 +41,11 @@ def kept_indices(total: int, keep: int, rounding: Rounding = "round") -> tuple[i
 class LayerDrop(BlockChoice):
     """Keep evenly spaced blocks of the middle and drop the others.
 
+    Uniform layer drop, the emulator compression of Offsite-Tuning (arXiv 2302.04870): of the ``M`` middle blocks the
+    ``n`` kept ones are ``round(i * (M - 1) / (n - 1))``, ``i = 0..n-1``, a half to the even index, so the first and the
+    last always stay (OPT-1.3B with two adapter blocks at each end keeps 8 of 20: 2, 5, 7, 10, 13, 16, 18, 21 of the
+    model's). ``rounding=floor`` is that of FederatedScope and FedBiOT (arXiv 2406.17706).
+
     ``keep`` is a number of blocks (2 or more) or, below 1, the share of the middle's bytes that stays, of which the
     nearest number of whole blocks is kept. Kept blocks leave the owner's house verbatim.
     """

@@ -125,7 +125,9 @@ def hidden_error(emulator: Emulator, context: Context, batches: Sequence[Batch])
         elif position in context.adapter:
             emulated = emulated.through(own, position)
         elif position in emulator.layout:
-            emulated = emulated.through(working_copy(emulator.at(position), context.device), position)
+            # Called as its origin is: by origins go the windows and rotary tables of the network that clients build.
+            block = emulator.blocks[emulator.layout[position]]
+            emulated = emulated.through(working_copy(block.module, context.device), block.origin)
     wrong, size = 0.0, 0.0
     for batch, t, s in zip(full.batches, full.hidden, emulated.hidden, strict=True):
         wrong += float(batch.rows(t.double() - s.double()).square().sum())

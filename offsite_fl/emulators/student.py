@@ -29,9 +29,10 @@ class Student:
     """The network that clients will run, with the emulator's weights as fp32 copies that can be trained.
 
     ``parameters`` names them ``emulator.{block}.{path}``; everything else in the network is frozen and shares memory
-    with the full model where the device is the same. ``dtypes`` are those the emulator came with. The network is in
-    eval mode (no dropout: the teacher is compared with exactly what clients run). Where the model itself is in half
-    precision, it computes under bf16 autocast.
+    with the full model where the device is the same. ``dtypes`` are those the emulator came with; ``decayed`` are the
+    weight matrices, ``biases`` the biases of linears and norms. The network is in eval mode (no dropout: the teacher is
+    compared with exactly what clients run). Where the model itself is in half precision, it computes under bf16
+    autocast.
     """
 
     def __init__(self, emulator: Emulator, context: Context) -> None:
@@ -47,6 +48,7 @@ class Student:
         self.parameters: dict[str, nn.Parameter] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.decayed: set[str] = set()
+        self.biases: set[str] = set()
         places = place_blocks(self.network, plan)
         for block, place in zip(places, plan.layout, strict=True):
             if place.role == "emulator":
@@ -66,6 +68,8 @@ class Student:
                 # Weight matrices only: neither a bias nor the weight of a norm, whatever either is called.
                 if parameter.ndim >= 2 and "norm" not in type(module).__name__.lower():
                     self.decayed.add(prefix + leaf)
+                if leaf.rpartition(".")[2] == "bias":
+                    self.biases.add(prefix + leaf)
 
     def forward(self, batch: Batch, *, with_loss: bool) -> tuple[Tensor, Tensor, Tensor | None, int]:
         """Run ``batch`` (on the student's device).

@@ -32,13 +32,18 @@ def render_page(report: RunReport) -> str:
             sections.glossary(),
         )
     )
+    return document(f"offsite_fl: {said.gain.split(' (')[0].rstrip('.')}", body)
+
+
+def document(title: str, body: Markup, style: str = "") -> str:
+    """A whole HTML file around ``body``: the style sheet, ``style`` after it, and a policy that fetches nothing."""
     head = join(
         (
             Markup('<meta charset="utf-8">'),
             Markup(f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'),
             Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
-            tag("title", f"offsite_fl: {said.gain.split(' (')[0].rstrip('.')}"),
-            tag("style", Markup(STYLE)),
+            tag("title", title),
+            tag("style", Markup(STYLE + style)),
         )
     )
     return (

@@ -83,7 +83,7 @@ def row_curve(rounds: Sequence[RoundRecord], rows: FiveRows, which: Literal["plu
     if which == "plug_in" and rows.full_fine_tuning is not None:
         lines.append(("full fine-tuning", "full", rows.full_fine_tuning))
     lines = [line for line in lines if _drawable(line[2])]
-    with _axes(which) as (axes, finish):
+    with drawing(which) as (axes, finish):
         for _, name, row in lines:
             axes.axhline(row.value, color=COLORS[name], linewidth=1.5, linestyle=DASHES[name], zorder=1)
         _line(axes, [n for n, _ in points], [row.value for _, row in points], color)
@@ -105,7 +105,7 @@ def client_curves(rounds: Sequence[RoundRecord], metric: str = "train_loss") -> 
         return None
     many = len(curves) > MANY
     legend: list[Mark] = []
-    with _axes("clients") as (axes, finish):
+    with drawing("clients") as (axes, finish):
         for i, (name, points) in enumerate(curves.items()):
             numbers, values = [n for n, _ in points], [v for _, v in points]
             if many:
@@ -131,7 +131,7 @@ def bytes_by_round(ledger: Ledger) -> Plot | None:
         return None
     numbers = sorted({key[0] for key in sums})
     seen: list[str] = []
-    with _axes("bytes") as (axes, finish):
+    with drawing("bytes") as (axes, finish):
         for direction in DIRECTIONS:
             sign, base = (1 if direction == "down" else -1), [0.0] * len(numbers)
             for kind in KINDS:
@@ -197,8 +197,11 @@ def _value_axis(axes: Axes, measure: str) -> None:
 
 
 @contextmanager
-def _axes(name: str) -> Iterator[tuple[Axes, Callable[[], str]]]:
-    """Empty axes in the style of the page, and the function that turns them into SVG once they are drawn on."""
+def drawing(name: str, size: tuple[float, float] = SIZE) -> Iterator[tuple[Axes, Callable[[], str]]]:
+    """Empty axes in the style of the page, and the function that turns them into SVG once they are drawn on.
+
+    ``name`` goes in front of the picture's ids and must be unique on a page; ``size`` is in inches.
+    """
     require_matplotlib()
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -210,7 +213,7 @@ def _axes(name: str) -> Iterator[tuple[Axes, Callable[[], str]]]:
         matplotlib.rcdefaults()  # a user's matplotlibrc is meant for other plots
         for key, value in settings.items():
             matplotlib.rcParams[key] = value
-        figure = Figure(figsize=SIZE, layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         axes.set_axisbelow(True)

@@ -129,13 +129,13 @@ class RunReport:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-            _replace(folder / "report.json", text + "\n")
-            _replace(folder / "report.csv", self.to_csv())
+            replace_file(folder / "report.json", text + "\n")
+            replace_file(folder / "report.csv", self.to_csv())
             if page:
                 # Here, not above: the page pulls in matplotlib, which is an extra.
                 from offsite_fl.evaluation.page import render_page
 
-                _replace(folder / "report.html", render_page(self))
+                replace_file(folder / "report.html", render_page(self))
         except OSError as error:
             raise DataError(f"the report can't be written to {folder}: {error.strerror or error}") from error
         return folder
@@ -171,7 +171,7 @@ def _list(value: object, where: str, read: Callable[[object, str], T]) -> list[T
     return [read(entry, f"{where}[{i}]") for i, entry in enumerate(checks.items(value, where))]
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
     """Write ``text`` beside ``path`` and move it there, so that a reader sees the old file or the new one."""
     # Open for writing rather than mkstemp, whose files others on a shared machine couldn't read.
     beside = path.with_name(f".{path.name}.{os.getpid()}")

@@ -1,10 +1,14 @@
-"""The closed table of what a linear inside an emulator block can be replaced with.
+"""The closed table of what a linear inside an emulator block, or the whole block, can be replaced with.
 
 A client rebuilds an emulator from descriptions of these kinds and from nothing else, so a bundle never brings code:
 
 * ``low-rank``: two factors, ``W ~ up @ down``; either factor may itself be quantised;
 * ``quantized``: packed int8 or int4 with a scale per group of input columns;
-* ``resized``: an ordinary dense linear of another shape.
+* ``resized``: an ordinary dense linear of another shape;
+* ``harmonizer``: a small network in place of the whole block (:mod:`offsite_fl.models.harmonizer`), under the path "";
+  its own linears may be replaced in turn.
+
+A low-rank or quantized linear that stands for a dense one of another shape (pruned before) says so by ``resized``.
 
 Weights are always in the orientation of ``nn.Linear``, [out, in]; GPT-2's ``Conv1D`` (stored [in, out]) counts as a
 linear and becomes an ``nn.Linear`` or one of the above when a method replaces it.
@@ -20,12 +24,17 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from offsite_fl.errors import ModelError
+from offsite_fl.models.harmonizer import Harmonizer
 from offsite_fl.registry import near
 
 Description = dict[str, Any]
 
 MAX_FEATURES = 2**24
+# Items of the tuple that a block returns; the blocks of transformers return two or three.
+MAX_RETURNS = 8
 BITS = {8: torch.int8, 4: torch.uint8}
+# Elements of a packed weight that are dequantised at a time, 16 MB in fp32; at least one row is.
+MAX_DEQUANTIZED = 2**22
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -92,7 +101,8 @@ class QuantizedLinear(nn.Module):
 
     ``packed`` is int8 [out, columns] for 8 bits, uint8 [out, columns / 2] for 4 bits (two columns a byte, low nibble
     first, values offset by 8); ``scales`` is fp16 [out, groups]. Levels are -(2^(bits-1)-1) .. 2^(bits-1)-1. The
-    dequantised weight lives only inside a forward or backward call: autograd keeps the packed form.
+    dequantised weight lives only inside a forward or backward call, a large one in chunks of rows: autograd keeps the
+    packed form.
     """
 
     packed: torch.Tensor
@@ -172,7 +182,10 @@ def _unpack(
 
 
 class _QuantizedMatmul(torch.autograd.Function):
-    """``x @ W.T`` that saves the packed weight for backward instead of the dequantised one."""
+    """``x @ W.T`` that saves the packed weight for backward instead of the dequantised one.
+
+    Of a large weight only a chunk of rows (outputs) is dequantised at a time.
+    """
 
     @staticmethod
     def forward(
@@ -180,33 +193,65 @@ class _QuantizedMatmul(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(packed, scales)
         ctx.shape = (bits, group, width, x.dtype)
-        return nn.functional.linear(x, _unpack(packed, scales, bits, group, width, x.dtype))
+        chunks = _chunks(packed, scales, group)
+        out = [nn.functional.linear(x, _unpack(packed[c], scales[c], bits, group, width, x.dtype)) for c in chunks]
+        return out[0] if len(out) == 1 else torch.cat(out, dim=-1)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         packed, scales = ctx.saved_tensors
         bits, group, width, dtype = ctx.shape
-        weight = _unpack(packed, scales, bits, group, width, grad.dtype)
-        return (grad @ weight).to(dtype), None, None, None, None, None
+        chunks = _chunks(packed, scales, group)
+        total: torch.Tensor | None = None
+        for c in chunks:
+            part = grad[..., c] @ _unpack(packed[c], scales[c], bits, group, width, grad.dtype)
+            if len(chunks) > 1:  # sums of several parts would lose digits in half precision
+                part = part.to(torch.promote_types(part.dtype, torch.float32))
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return total.to(dtype), None, None, None, None, None
+
+
+def _chunks(packed: torch.Tensor, scales: torch.Tensor, group: int) -> list[slice]:
+    """Runs of rows that may be dequantised at a time."""
+    rows = max(1, MAX_DEQUANTIZED // (scales.shape[1] * group))
+    return [slice(start, start + rows) for start in range(0, len(packed), rows)]
 
 
 def describe_linears(block: nn.Module, reference: nn.Module) -> dict[str, Description]:
     """What a client must replace in a fresh block like ``reference`` to get the structure of ``block``.
 
-    Keys are module paths, parents before children. An untouched block gives an empty table.
+    Keys are module paths, parents before children; the block itself has the path "". An untouched block gives an empty
+    table.
     """
-    original = dict(reference.named_modules())
     found: dict[str, Description] = {}
+    if isinstance(block, Harmonizer):
+        found[""] = {"kind": "harmonizer", "in": block.features, "rank": block.rank, "returns": block.returns}
+        reference = _harmonizer(found[""], reference)
+    original = dict(reference.named_modules())
     for path, module in block.named_modules():
-        if isinstance(module, LowRankLinear):
-            bias = getattr(module.up, "bias", None) is not None
-            found[path] = {"kind": "low-rank", **_sizes(module), "rank": module.rank, "bias": bias}
-        elif isinstance(module, QuantizedLinear):
-            sizes = {**_sizes(module), "bits": module.bits, "group": module.group}
-            found[path] = {"kind": "quantized", **sizes, "bias": module.bias is not None}
-        elif isinstance(module, nn.Linear) and path in original and not _same_dense(module, original[path]):
-            found[path] = {"kind": "resized", **_sizes(module), "bias": module.bias is not None}
+        entry = _entry(module, original.get(path))
+        if entry is not None:
+            found[path] = entry
     return found
+
+
+def _entry(module: nn.Module, original: nn.Module | None) -> Description | None:
+    """Description of one module that stands where the reference has ``original``; None if there is nothing to say."""
+    if isinstance(module, LowRankLinear):
+        bias = getattr(module.up, "bias", None) is not None
+        entry = {"kind": "low-rank", **_sizes(module), "rank": module.rank, "bias": bias}
+    elif isinstance(module, QuantizedLinear):
+        sizes = {**_sizes(module), "bits": module.bits, "group": module.group}
+        entry = {"kind": "quantized", **sizes, "bias": module.bias is not None}
+    elif isinstance(module, nn.Linear) and original is not None and not _same_dense(module, original):
+        return {"kind": "resized", **_sizes(module), "bias": module.bias is not None}
+    else:
+        return None
+    if original is not None and is_linear(original):
+        fits = (entry["out"], entry["in"]) == tuple(linear_weight(original).shape)
+        entry |= {} if fits else {"resized": True}
+    return entry
 
 
 def _sizes(module: nn.Module) -> Description:
@@ -221,17 +266,25 @@ _FIELDS = {
     "low-rank": {"in", "out", "rank", "bias"},
     "quantized": {"in", "out", "bits", "group", "bias"},
     "resized": {"in", "out", "bias"},
+    "harmonizer": {"in", "rank", "returns"},
 }
 
 
-def apply_linears(block: nn.Module, description: Mapping[str, Description]) -> None:
+def apply_linears(block: nn.Module, description: Mapping[str, Description], width: int | None = None) -> nn.Module:
     """Rebuild in ``block`` the structure that :func:`describe_linears` found; new weights are empty, on meta.
 
-    ``ModelError`` names the path of an entry that is malformed or names nothing that can be replaced.
+    Returns the block to use: ``block`` itself, or the harmonizer that takes its place. ``width`` is the size of the
+    network's hidden state, where it is known. ``ModelError`` names the path of an entry that is malformed or names
+    nothing that can be replaced.
     """
-    for path in sorted(description, key=lambda p: p.count(".")):
+    for path in sorted(description, key=lambda p: p.count(".") if p else -1):
         entry = description[path]
         check_description(path, entry)
+        if entry["kind"] == "harmonizer":
+            if width is not None and entry["in"] != width:
+                raise ModelError(f"block description: a harmonizer of {entry['in']} features, the blocks have {width}")
+            block = _harmonizer(entry, block)
+            continue
         try:
             old = block.get_submodule(path)
         except AttributeError as error:
@@ -239,9 +292,11 @@ def apply_linears(block: nn.Module, description: Mapping[str, Description]) -> N
         if not is_linear(old):
             raise ModelError(f"block description wants to replace {path!r}, which isn't a linear layer")
         out_features, in_features = linear_weight(old).shape
-        if entry["kind"] != "resized" and (entry["in"], entry["out"]) != (in_features, out_features):
+        free = entry["kind"] == "resized" or "resized" in entry
+        if not free and (entry["in"], entry["out"]) != (in_features, out_features):
             raise ModelError(f"block description of {path!r} has sizes {entry['in']}x{entry['out']}, not the block's")
         replace_module(block, path, _make(entry))
+    return block
 
 
 def check_description(path: str, entry: Mapping[str, Any]) -> None:
@@ -249,14 +304,25 @@ def check_description(path: str, entry: Mapping[str, Any]) -> None:
     kind = entry.get("kind")
     if not isinstance(kind, str) or kind not in _FIELDS:
         raise ModelError(f"block description of {path!r}: unknown kind {kind!r}; {near(str(kind), _FIELDS)}")
-    if set(entry) != _FIELDS[kind] | {"kind"}:
+    optional = {"resized"} if kind in ("low-rank", "quantized") else set()
+    if set(entry) - optional != _FIELDS[kind] | {"kind"}:
         raise ModelError(f"block description of {path!r}: a {kind} entry has fields {sorted(_FIELDS[kind])}")
+    if kind == "harmonizer" and path:
+        raise ModelError(f"block description of {path!r}: a harmonizer replaces a whole block, whose path is ''")
     for key, value in entry.items():
         if key == "kind":
             continue
-        fits = isinstance(value, bool) if key == "bias" else type(value) is int and 1 <= value <= MAX_FEATURES
+        least, most = (0, MAX_RETURNS) if key == "returns" else (1, MAX_FEATURES)
+        if key in ("bias", "resized"):
+            fits = isinstance(value, bool) and (value or key == "bias")
+        else:
+            fits = type(value) is int and least <= value <= most
         if not fits:
             raise ModelError(f"block description of {path!r}: {key} = {value!r} is out of range")
+
+
+def _harmonizer(entry: Mapping[str, Any], block: nn.Module) -> Harmonizer:
+    return Harmonizer.replacing(block, entry["in"], entry["rank"], entry["returns"], device="meta")
 
 
 def _make(entry: Mapping[str, Any]) -> nn.Module:

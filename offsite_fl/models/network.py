@@ -230,9 +230,10 @@ def _skeleton(plan: NetworkPlan) -> nn.Module:
     blocks = _network_blocks(network, plan)
     if len(blocks) != len(plan.layout):
         raise ModelError(f"network plan: the config makes {len(blocks)} blocks, the layout has {len(plan.layout)}")
-    for block, place in zip(blocks, plan.layout, strict=True):
+    width = getattr(network.config, "hidden_size", None)
+    for index, place in enumerate(plan.layout):
         if place.role == "emulator":
-            apply_linears(block, plan.linears[place.slot])
+            blocks[index] = apply_linears(blocks[index], plan.linears[place.slot], width)
     return network
 
 

@@ -350,6 +350,10 @@ def test_absurd_headers(forge: Forge) -> None:
     refused(forge(more_data), "take .* bytes, the file holds")
 
 
+def harmonizer(**change: Any) -> dict[str, Any]:
+    return {"kind": "harmonizer", "in": 32, "rank": 4, "returns": 0} | change
+
+
 def config(**change: Any) -> Callable[[dict[str, Any], Path], None]:
     return lambda raw, _: raw["plan"]["config"].update(change)
 
@@ -375,6 +379,13 @@ def config(**change: Any) -> Callable[[dict[str, Any], Path], None]:
         (set_path("plan", "linears", 0, to={"mlp.up_proj": 3}), "can't be built"),
         (set_path("plan", "linears", 0, to={"mlp.up_proj": {"kind": "code"}}), "unknown kind 'code'"),
         (set_path("plan", "linears", 0, to={}), "lacks 1 tensor|has unknown|lacks"),
+        (set_path("plan", "linears", 0, to={"": harmonizer()}), r"lacks 4 tensor\(s\).*emulator\.0\.down\.bias"),
+        (set_path("plan", "linears", 0, to={"": harmonizer(rank=2**25)}), "'rank' = 33554432, the limit is 16777216"),
+        (set_path("plan", "linears", 0, to={"": harmonizer(rank=2**24)}), "lacks 4 tensor"),
+        (set_path("plan", "linears", 0, to={"": harmonizer(returns=99)}), "returns = 99 is out of range"),
+        (set_path("plan", "linears", 0, to={"": harmonizer(code="x")}), "a harmonizer entry has fields"),
+        (set_path("plan", "linears", 0, to={"": harmonizer() | {"in": 64}}), "64 features, the blocks have 32"),
+        (set_path("plan", "linears", 0, to={"mlp": harmonizer()}), "replaces a whole block"),
     ],
 )
 def test_networks_that_do_not_fit(forge: Forge, edit: Any, message: str) -> None:

@@ -11,7 +11,7 @@ from offsite_fl.emulators import describe_emulators
 from offsite_fl.version import __version__
 from tests.cli.conftest import run_cli, run_json
 
-COMMANDS = ("bundle", "inspect", "tune", "plug", "evaluate", "report", "emulators", "strategies")
+COMMANDS = ("choose", "bundle", "inspect", "tune", "plug", "evaluate", "report", "emulators", "strategies")
 
 
 def test_version_and_help() -> None:
@@ -36,7 +36,7 @@ def test_emulators() -> None:
     told = run_json("emulators")
     assert [entry["name"] for entry in told] == [method.name for method in describe_emulators()]
     assert {"key": "bits", "type": "int", "default": "8"} in next(e for e in told if e["name"] == "quantize")["options"]
-    assert "keep (float, 0.5)" in run_cli("emulators").stdout
+    assert "keep (float, default 0.5)" in run_cli("emulators").stdout
 
 
 def test_strategies() -> None:

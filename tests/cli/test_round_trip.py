@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from offsite_fl.bundle import OwnerMap, open_bundle
 from offsite_fl.evaluation.rows import ROW_KEYS
+from offsite_fl.repair import Repair
 from offsite_fl.update import Update
-from tests.cli.conftest import TUNING, World, run_cli, run_json
+from tests.cli.conftest import TUNING, World, error_of, run_cli, run_json
 from tests.conftest import make_pico, make_tokenizer
 
 
@@ -87,6 +88,30 @@ def test_plug_changes_exactly_the_adapter(world: World, tmp_path: Path) -> None:
         name = "mlp.up_proj.weight"
         assert torch.equal(live[f"model.layers.{index}.{name}"], update.tensors[f"adapter.{slot}.{name}"])
     assert AutoTokenizer.from_pretrained(out)("the cat")["input_ids"]
+
+
+def test_a_repair_is_taken_out_of_the_update(world: World, tmp_path: Path) -> None:
+    file, plain, less = (tmp_path / name for name in ("repair.safetensors", "plain", "less"))
+    public = ("--bundle", world.bundle, "--public", world.text, *TUNING)
+    told = run_json("repair", world.model, *public, "--share", 0.5, "--out", file)
+    repair = Repair.load(file)
+    assert told["steps"] == repair.steps == 4 and told["norm"] == pytest.approx(repair.norm) and repair.norm > 0
+    run_cli("plug", world.model, world.update, "--bundle", world.bundle, "--out", plain)
+    run_cli("plug", world.model, world.update, "--bundle", world.bundle, "--out", less, "--repair", file)
+    assert changed(world.model, less) == adapter_names(world.model)
+    with_it, without = weights(less), weights(plain)
+    name = "mlp.up_proj.weight"
+    taken = without[f"model.layers.5.{name}"] - with_it[f"model.layers.5.{name}"]
+    torch.testing.assert_close(taken, 0.5 * repair.tensors[f"adapter.1.{name}"], rtol=1e-3, atol=1e-6)
+    tested = ("--bundle", world.bundle, "--data", world.text, "--block-size", 16, "--update", world.update)
+    rows = [run_json("evaluate", world.model, *tested, *more)["rows"] for more in ((), ("--repair", file))]
+    assert rows[0]["plug_in"] != rows[1]["plug_in"] and rows[0]["emulator_tuned"] == rows[1]["emulator_tuned"]
+
+
+def test_what_is_no_repair_is_refused(world: World, tmp_path: Path) -> None:
+    given = ("--bundle", world.bundle, "--out", tmp_path / "new")
+    assert "not a repair" in error_of("plug", world.model, world.update, *given, "--repair", world.update)
+    assert not (tmp_path / "new").exists()
 
 
 def test_lora_on_a_bf16_model_keeps_its_dtype(world: World, tmp_path: Path) -> None:

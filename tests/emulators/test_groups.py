@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from offsite_fl.emulators.base import Context
-from offsite_fl.emulators.groups import dense_linears, plan_block, run_tapped
+from offsite_fl.emulators.groups import BlockPlan, dense_linears, plan_block, run_tapped
 from offsite_fl.emulators.streams import read_batches
+from offsite_fl.models.harmonizer import Harmonizer
 from offsite_fl.models.linears import LowRankLinear, QuantizedLinear
 from offsite_fl.models.walk import BlockCall
 
@@ -130,3 +131,9 @@ def test_parts_of_replaced_linears_are_no_linears_of_the_block() -> None:
     block.a = LowRankLinear(4, 4, 1, bias=True)
     block.never = QuantizedLinear(4, 4, 8, 4, bias=False)
     assert [path for path, _ in dense_linears(block)] == ["write", "scaled"]
+
+
+def test_a_harmonizer_has_nothing_to_cut() -> None:
+    block, hidden = Harmonizer(32, 4), torch.randn(2, 5, 32)
+    assert list(dense_linears(block)) == []
+    assert plan_block(block, hidden, BlockCall(), lambda x: x.flatten(0, -2)) == BlockPlan((), (), ())

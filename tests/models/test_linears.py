@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from offsite_fl.errors import ModelError
+from offsite_fl.models import linears
 from offsite_fl.models.linears import (
     LowRankLinear,
     QuantizedLinear,
@@ -190,7 +191,167 @@ def test_malformed_descriptions(path: str, changes: dict[str, Any], message: str
         apply_linears(small_block(), table)
 
 
+HARMONIZER = {"kind": "harmonizer", "in": 8, "rank": 2, "returns": 0}
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "message"),
+    [
+        ("a", {}, "'a': a harmonizer replaces a whole block"),
+        ("", {"rank": 0}, "rank = 0 is out of range"),
+        ("", {"rank": 2**24 + 1}, "rank = 16777217 is out of range"),
+        ("", {"in": 2**40}, "in = .* is out of range"),
+        ("", {"in": 8.0}, r"in = 8\.0 is out of range"),
+        ("", {"returns": -1}, "returns = -1 is out of range"),
+        ("", {"returns": 2**24}, "returns = 16777216 is out of range"),
+        ("", {"returns": True}, "returns = True is out of range"),
+        ("", {"bias": True}, r"a harmonizer entry has fields \['in', 'rank', 'returns'\]"),
+        ("", {"in": 9}, "a harmonizer of 9 features, the blocks have 8"),
+    ],
+)
+def test_malformed_harmonizers(path: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        apply_linears(small_block(), {path: HARMONIZER | changes}, width=8)
+
+
+@pytest.mark.parametrize(
+    ("path", "entry", "message"),
+    [
+        ("a", EXPECTED["a"], "names 'a', which this kind of block doesn't have"),
+        ("down", EXPECTED["d"], "'down' has sizes 8x8, not the block's"),
+        ("rank", EXPECTED["d"], "names 'rank', which"),
+    ],
+)
+def test_inside_a_harmonizer_nothing_of_the_block_is_left(path: str, entry: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        apply_linears(small_block(), {path: entry, "": HARMONIZER})
+
+
+def test_the_largest_harmonizer_takes_no_memory() -> None:
+    entry = HARMONIZER | {"in": 2**24, "rank": 2**24}
+    made = apply_linears(small_block(), {"": entry})
+    assert {tuple(t.shape) for t in made.parameters() if t.ndim == 2} == {(2**24, 2**24)}
+    assert all(t.is_meta for t in made.parameters())
+
+
+@pytest.mark.parametrize("kind", ["a", "b", "d"])
+def test_other_kinds_do_not_replace_a_block(kind: str) -> None:
+    with pytest.raises(ModelError, match="isn't a linear layer"):
+        apply_linears(small_block(), {"": EXPECTED[kind]})
+
+
 @pytest.mark.parametrize(("path", "message"), [("z.q", "doesn't have"), ("norm", "isn't a linear layer")])
 def test_descriptions_of_what_is_not_there(path: str, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         apply_linears(small_block(), {path: EXPECTED["a"]})
+
+
+@pytest.fixture
+def unpacked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Elements of each weight that was dequantised, padding included; at most 64 at a time are allowed."""
+    sizes: list[int] = []
+    original = linears._unpack
+
+    def watched(packed: torch.Tensor, scales: torch.Tensor, *rest: Any) -> torch.Tensor:
+        sizes.append(scales.numel() * rest[1])
+        return original(packed, scales, *rest)
+
+    monkeypatch.setattr(linears, "_unpack", watched)
+    monkeypatch.setattr(linears, "MAX_DEQUANTIZED", 64)
+    return sizes
+
+
+def quantised(bits: int, out: int = 24, width: int = 14, group: int = 4) -> QuantizedLinear:
+    """14 columns in groups of 4 are stored as 16: four rows are 64 elements."""
+    return QuantizedLinear.from_linear(linear(out, width), bits, group)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_large_weight_is_never_dequantised_whole(bits: int, unpacked: list[int]) -> None:
+    module = quantised(bits, out=26)
+    x = torch.randn(3, 5, 14, requires_grad=True)
+    out = module(x)
+    assert unpacked == [64] * 6 + [32]
+    out.backward(torch.ones_like(out))
+    assert unpacked == ([64] * 6 + [32]) * 2
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("rows", [1, 4, 23, 24, 100])
+def test_chunks_change_no_result(bits: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linears, "MAX_DEQUANTIZED", rows * 16)
+    module, weights = quantised(bits), torch.randn(3, 5, 24)
+    x = torch.randn(3, 5, 14, requires_grad=True)
+    out = module(x)
+    torch.testing.assert_close(out, nn.functional.linear(x, module.dequantized(), module.bias))
+    (out * weights).sum().backward()
+    torch.testing.assert_close(x.grad, weights @ module.dequantized())
+
+
+def test_a_row_that_is_too_large_alone_is_dequantised_all_the_same(unpacked: list[int]) -> None:
+    module = quantised(8, out=3, width=100)
+    x = torch.randn(2, 100)
+    torch.testing.assert_close(module(x), nn.functional.linear(x, module.dequantized(), module.bias))
+    assert unpacked == [100] * 3 + [300]  # the last is the reference
+
+
+def test_chunks_add_up_in_fp32_and_keep_the_dtype(unpacked: list[int]) -> None:
+    """A sum of 250 chunks in bf16 would be off by several per cent."""
+    module = QuantizedLinear.from_linear(nn.Linear(16, 1000, bias=False), 8, group=16)
+    x = torch.randn(2, 16, dtype=torch.bfloat16, requires_grad=True)
+    out = module(x)
+    grad = torch.ones_like(out)
+    out.backward(grad)
+    assert len(unpacked) == 500 and out.dtype == torch.bfloat16
+    assert x.grad is not None and x.grad.dtype == torch.bfloat16
+    exact = grad.double() @ module.dequantized(torch.bfloat16).double()
+    error = (x.grad.double() - exact).abs().max() / exact.abs().max()
+    assert float(error) < 0.01
+
+
+def test_autocast_gives_the_same_dtype_in_chunks(unpacked: list[int]) -> None:
+    module, x = quantised(8), torch.randn(2, 14)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x).dtype == torch.bfloat16 and len(unpacked) == 6
+
+
+RESIZED = {
+    "a": {"kind": "low-rank", "in": 7, "out": 5, "rank": 2, "bias": True, "resized": True},
+    "a.down": {"kind": "quantized", "in": 7, "out": 2, "bits": 8, "group": 8, "bias": False},
+    "d": {"kind": "quantized", "in": 4, "out": 8, "bits": 4, "group": 4, "bias": True, "resized": True},
+}
+
+
+def test_what_replaces_a_pruned_linear_says_so() -> None:
+    block = small_block()
+    block.a = LowRankLinear.from_factors(torch.randn(5, 2), torch.randn(2, 7), torch.randn(5))
+    block.a.down = QuantizedLinear.from_linear(block.a.down, 8, group=8)
+    block.d = QuantizedLinear.from_linear(linear(8, 4), 4, group=4)
+    assert describe_linears(block, small_block()) == RESIZED
+    fresh = small_block().to("meta")
+    apply_linears(fresh, RESIZED)
+    fresh.load_state_dict(block.state_dict(), strict=True, assign=True)
+    x = torch.randn(2, 7)
+    torch.testing.assert_close(fresh.get_submodule("a")(x), block.get_submodule("a")(x))
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "message"),
+    [
+        ("a", {"resized": False}, "resized = False is out of range"),
+        ("d", {"resized": 1}, "resized = 1 is out of range"),
+        ("a", {"in": 2**24 + 1}, "in = 16777217 is out of range"),
+        ("a.down", {"in": 9}, "'a.down' has sizes 9x2, not the block's"),
+    ],
+)
+def test_malformed_resized_linears(path: str, changes: dict[str, Any], message: str) -> None:
+    table = {name: entry | changes if name == path else entry for name, entry in RESIZED.items()}
+    with pytest.raises(ModelError, match=message):
+        apply_linears(small_block(), table)
+
+
+@pytest.mark.parametrize("kind", ["resized", "harmonizer"])
+def test_other_kinds_carry_no_such_mark(kind: str) -> None:
+    table = {"b": EXPECTED["b"] | {"resized": True}} if kind == "resized" else {"": HARMONIZER | {"resized": True}}
+    with pytest.raises(ModelError, match=f"a {kind} entry has fields"):
+        apply_linears(small_block(), table)

@@ -293,6 +293,12 @@ def test_foreign_plans_are_checked(spoil: Callable[[Any], Any], message: str, pi
         NetworkPlan.from_json(data)
 
 
+def harmonized(sizes: dict[str, Any] | None = None, path: str = "", **changes: Any) -> Callable[[Any], Any]:
+    """Puts a harmonizer entry with these changes into a plan."""
+    entry = {"kind": "harmonizer", "in": 32, "rank": 4, "returns": 0} | (sizes or {}) | changes
+    return lambda plan: plan["linears"].__setitem__(0, {path: entry})
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -301,6 +307,12 @@ def test_foreign_plans_are_checked(spoil: Callable[[Any], Any], message: str, pi
         (lambda p: p["config"].update(num_hidden_layers=9), "makes 9 blocks, the layout has 3"),
         (lambda p: p.update(blocks_path="model.nowhere"), "has no 'model.nowhere'"),
         (lambda p: p.update(blocks_path="model.norm"), "isn't a list of blocks"),
+        (harmonized(rank=0), "rank = 0 is out of range"),
+        (harmonized(rank=2**30), "rank = 1073741824 is out of range"),
+        (harmonized(returns=2**30), "returns = 1073741824 is out of range"),
+        (harmonized({"in": 64}), "a harmonizer of 64 features, the blocks have 32"),
+        (harmonized(kind="Harmonizer"), "unknown kind 'Harmonizer'; did you mean 'harmonizer'"),
+        (harmonized(path="mlp"), "'mlp': a harmonizer replaces a whole block"),
     ],
 )
 def test_plans_that_build_nothing(spoil: Callable[[Any], Any], message: str, pico_llama: nn.Module) -> None:

@@ -1,0 +1,61 @@
+"""The emulators that are set side by side where the owner names none: every method, in its natural forms.
+
+A candidate is a spec, or a template of one in which ``{keep}`` stands for the budget (``keep=0.4`` or ``bytes=...``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from offsite_fl.choosing.budget import Budget
+
+KEEP = "{keep}"
+
+# The quickstart's own spec, as a reference of known behaviour; it has a size of its own.
+QUICKSTART = "low-rank:keep=0.9,targets=q_proj/k_proj/v_proj/o_proj+quantize:bits=4,group=0"
+
+DEFAULTS: tuple[str, ...] = (
+    "layer-drop:{keep}",
+    "layer-drop:{keep}+distill",
+    "first:{keep}",
+    "last:{keep}",
+    "random:{keep}",
+    "similarity:{keep}",
+    "crash:{keep},sharing=none",
+    "crash:{keep},sharing=all",
+    "low-rank:{keep}",
+    "low-rank:{keep},mode=activation",
+    "low-rank:{keep},mode=plain",
+    "low-rank:{keep}+loss-margin",
+    "prune:{keep},mode=structured",
+    "prune:{keep},mode=magnitude",
+    "quantize:{keep}",
+    "quantize:mode=legacy-fake",
+    "gradot:{keep}",
+    "smooth:{keep},mode=prox",
+    "smooth:{keep},mode=train",
+    "scaleot:{keep}",
+    QUICKSTART,
+)
+
+
+def fill(candidate: str, budget: Budget) -> str:
+    """The spec of a candidate, with the budget in its place.
+
+    >>> fill("low-rank:{keep},mode=plain", Budget(share=0.4))
+    'low-rank:keep=0.4,mode=plain'
+    """
+    return candidate.replace(KEEP, budget.option)
+
+
+def is_template(candidate: str) -> bool:
+    """Whether the candidate takes its size from the budget."""
+    return KEEP in candidate
+
+
+def distinct(candidates: Iterable[str], budget: Budget) -> tuple[str, ...]:
+    """``candidates`` in order, without those whose spec came before."""
+    found: dict[str, str] = {}
+    for candidate in candidates:
+        found.setdefault(fill(candidate, budget), candidate)
+    return tuple(found.values())

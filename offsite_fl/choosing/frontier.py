@@ -1,0 +1,239 @@
+"""The plot of the choice: what each candidate gains against how far it keeps the model protected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from offsite_fl.choosing.choice import Choice
+from offsite_fl.choosing.labels import place_labels
+from offsite_fl.choosing.over_seeds import OverSeeds
+from offsite_fl.choosing.standing import Standing, Verdict
+from offsite_fl.evaluation.plots import COLORS, DASHES, STROKES, Mark, Plot, drawing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH, HEIGHT = 9.6, 4.6  # inches
+# What axis labels and ticks leave of the picture, in typographic points; near enough to place numbers by.
+_INNER = (72 * WIDTH - 70.0, 72 * HEIGHT - 52.0)
+VERDICTS: dict[Verdict, tuple[str, str]] = {
+    "protects": ("protects", "plug"),
+    "gives the model away": ("tuned emulator better than the untuned model", "emulator"),
+    "gap not clear": ("tuned emulator not clearly worse than the plug-in", "c7"),
+    "worse than the full model": ("worse than the full model on public text", "plug"),
+    "as good as the full model": ("as good as the full model on public text", "c7"),
+    "over budget": ("over budget", "zero"),
+}
+_SMALL, _LARGE = 34.0, 190.0  # area of a dot in square points
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One candidate in the plot; ``x`` and ``y`` in the units of the axes, deviations None for one seed."""
+
+    number: int
+    standing: Standing
+    x: OverSeeds
+    y: OverSeeds
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How an axis bends, so that small and large numbers can be told apart, and where it may have ticks."""
+
+    bend: Callable[[float], float]
+    ticks: tuple[float, ...]
+    text: Callable[[float], str]
+
+
+def _root(value: float) -> float:
+    return math.copysign(math.sqrt(abs(value)), value)
+
+
+def _share(value: float) -> float:
+    """Gains as they are, losses (which have no end) squeezed."""
+    return value if value >= 0 else -0.3 * math.log1p(-value)
+
+
+NATS = Scale(
+    _root,
+    (-4, -2, -1, -0.5, -0.25, -0.1, -0.02, 0, 0.02, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16),
+    lambda v: f"{v:g}".replace("-", "\N{MINUS SIGN}"),
+)
+SHARES = Scale(
+    _share,
+    (-100, -30, -10, -3, -1, 0, 0.25, 0.5, 0.75, 1, 1.5, 2),
+    lambda v: f"{100 * v:g}%".replace("-", "\N{MINUS SIGN}"),
+)
+COSINES = Scale(lambda v: v, (-1, -0.75, -0.5, -0.25, 0, 0.25, 0.5, 0.75, 0.9, 1), lambda v: NATS.text(v))
+
+
+def frontier(choice: Choice) -> Plot | None:
+    """Gain over protection, a numbered dot for each candidate; None where there is nothing to draw."""
+    dots = _dots(choice)
+    if not dots:
+        return None
+    shares = choice.tuned and dots[0].standing.of_adapter is not None
+    up = (SHARES if shares else NATS) if choice.tuned else COSINES
+    with drawing("frontier", (WIDTH, HEIGHT)) as (axes, finish):
+        levels = _levels(choice, shares)
+        _frame(axes, [d.x for d in dots], [d.y for d in dots], NATS, up, [value for _, _, value in levels])
+        axes.axvline(0.0, color=COLORS["muted"], linewidth=0.9, zorder=1)
+        for _, color, value in levels:
+            axes.axhline(up.bend(value), color=COLORS[color], linewidth=1.3, linestyle=DASHES.get(color, "-"), zorder=1)
+        _front(axes, dots, up)
+        _draw(axes, dots, choice, up)
+        axes.set_xlabel(_across(choice), color=COLORS["muted"])
+        axes.set_ylabel(_upwards(choice, shares), color=COLORS["muted"])
+        svg = finish()
+    return Plot(svg, _legend(choice, dots, levels))
+
+
+def _dots(choice: Choice) -> list[Dot]:
+    dots = []
+    for number, standing in enumerate(choice.standings, start=1):
+        x, y = (standing.gap, _gain(choice, standing)) if choice.tuned else (standing.public_margin, standing.cosine)
+        if standing.verdict != "failed" and x and y and math.isfinite(x.mean) and math.isfinite(y.mean):
+            dots.append(Dot(number, standing, x, y))
+    return dots
+
+
+def _gain(choice: Choice, standing: Standing) -> OverSeeds | None:
+    """As a share of what the adapter can gain or, where that is nothing, in nats."""
+    if standing.of_adapter is not None or standing.plug_in is None or choice.zero_shot is None:
+        return standing.of_adapter
+    return OverSeeds.of(choice.zero_shot - loss for loss in standing.plug_in.values)
+
+
+def _levels(choice: Choice, shares: bool) -> list[tuple[str, str, float]]:
+    """Lines across the plot to compare with: name, colour, height."""
+    if not choice.tuned:
+        return [("the full model's own gradient", "full", 1.0)]
+    levels = [("untuned full model", "zero", 0.0)]
+    zero, best, full = choice.zero_shot, choice.uncompressed, choice.full_fine_tuning
+    if not shares or zero is None or best is None:
+        return levels
+    levels.append(("the same adapter on the uncompressed model", "ink", 1.0))
+    if full is not None and zero > full.mean:
+        levels.append(("full fine-tuning", "full", (zero - full.mean) / (zero - best.mean)))
+    return levels
+
+
+def _frame(
+    axes: Axes, x: Sequence[OverSeeds], y: Sequence[OverSeeds], across: Scale, up: Scale, levels: Sequence[float]
+) -> None:
+    """Limits around all points, and ticks that don't crowd each other."""
+    for scale, several, extra, room, set_limits, set_ticks in (
+        (across, x, [0.0], 34.0, axes.set_xlim, axes.set_xticks),
+        (up, y, list(levels), 15.0, axes.set_ylim, axes.set_yticks),
+    ):
+        ends = [end for s in several for end in _ends(s)] + extra
+        low, high = scale.bend(min(ends)), scale.bend(max(ends))
+        pad = 0.07 * ((high - low) or 1.0)
+        low, high = low - pad, high + pad
+        set_limits(low, high)
+        inner = _INNER[0] if scale is across else _INNER[1]
+        ticks = _apart([t for t in scale.ticks if low <= scale.bend(t) <= high], scale, room * (high - low) / inner)
+        set_ticks([scale.bend(t) for t in ticks], [scale.text(t) for t in ticks])
+    axes.grid(axis="x", color=COLORS["grid"], linewidth=0.8)
+
+
+def _apart(ticks: Sequence[float], scale: Scale, least: float) -> list[float]:
+    """Those of ``ticks`` that are ``least`` apart; 0 and 1 go first."""
+    kept: list[float] = []
+    for tick in sorted(ticks, key=lambda t: (t not in (0, 1), abs(t))):
+        if all(abs(scale.bend(tick) - scale.bend(other)) >= least for other in kept):
+            kept.append(tick)
+    return sorted(kept)
+
+
+def _ends(given: OverSeeds) -> tuple[float, float]:
+    """One standard deviation to both sides."""
+    reach = given.std or 0.0
+    return given.mean - reach, given.mean + reach
+
+
+def _front(axes: Axes, dots: Sequence[Dot], up: Scale) -> None:
+    """A line through the candidates within the budget that gain and that no other one beats in both directions."""
+    fitting = [d for d in dots if d.standing.verdict != "over budget" and d.y.mean > 0]
+    best = [d for d in fitting if not any(_beats(other, d) for other in fitting)]
+    points = sorted((NATS.bend(d.x.mean), up.bend(d.y.mean)) for d in best)
+    axes.plot([p[0] for p in points], [p[1] for p in points], color=COLORS["grid"], linewidth=5, zorder=1.5)
+
+
+def _beats(one: Dot, other: Dot) -> bool:
+    no_worse = one.x.mean >= other.x.mean and one.y.mean >= other.y.mean
+    return no_worse and (one.x.mean > other.x.mean or one.y.mean > other.y.mean)
+
+
+def _draw(axes: Axes, dots: Sequence[Dot], choice: Choice, up: Scale) -> None:
+    areas = _areas(dots)
+    for dot, area in zip(dots, areas, strict=True):
+        x, y = NATS.bend(dot.x.mean), up.bend(dot.y.mean)
+        color = COLORS[VERDICTS[dot.standing.verdict][1]]
+        for ends, fixed, horizontal in ((_ends(dot.x), y, True), (_ends(dot.y), x, False)):
+            if ends[0] == ends[1]:
+                continue
+            line = [(NATS if horizontal else up).bend(end) for end in ends]
+            pair = (line, [fixed, fixed]) if horizontal else ([fixed, fixed], line)
+            axes.plot(*pair, color=color, linewidth=1.0, alpha=0.7, zorder=2.5)
+        hollow = dot.standing.verdict == "over budget"
+        fill, edge = (COLORS["card"], color) if hollow else (color, COLORS["card"])
+        axes.scatter([x], [y], s=area, facecolor=fill, edgecolor=edge, linewidth=1.2, alpha=0.9, zorder=3)
+        if dot.standing is choice.best:
+            axes.scatter([x], [y], s=area + 130, facecolor="none", edgecolor=COLORS["ink"], linewidth=1.5, zorder=4)
+    _number(axes, dots, areas, choice, up)
+
+
+def _areas(dots: Sequence[Dot]) -> list[float]:
+    shares = [dot.standing.verbatim_share or 0.0 for dot in dots]
+    low, high = min(shares), max(shares)
+    return [_SMALL + (_LARGE - _SMALL) * ((s - low) / (high - low) if high > low else 0.3) for s in shares]
+
+
+def _number(axes: Axes, dots: Sequence[Dot], areas: Sequence[float], choice: Choice, up: Scale) -> None:
+    """The candidate's number beside each dot."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    width, height = _INNER
+    points = [
+        ((NATS.bend(d.x.mean) - left) / (right - left) * width, (up.bend(d.y.mean) - bottom) / (top - bottom) * height)
+        for d in dots
+    ]
+    ring = [130.0 if d.standing is choice.best else 0.0 for d in dots]
+    radii = [math.sqrt((area + more) / math.pi) for area, more in zip(areas, ring, strict=True)]
+    for dot, offset in zip(dots, place_labels(points, radii, width, height), strict=True):
+        axes.annotate(
+            str(dot.number),
+            (NATS.bend(dot.x.mean), up.bend(dot.y.mean)),
+            xytext=offset,
+            textcoords="offset points",
+            ha="center",
+            va="center_baseline",
+            color=COLORS["ink"],
+            fontweight="bold" if dot.standing is choice.best else "normal",
+            zorder=5,
+        )
+
+
+def _across(choice: Choice) -> str:
+    if choice.tuned:
+        return "gap: tuned emulator's loss over the plug-in's, nats per token (more: better protected)"
+    return "emulator's loss over the full model's on public text, nats per token (more: gives away less)"
+
+
+def _upwards(choice: Choice, shares: bool) -> str:
+    if not choice.tuned:
+        return "cosine of the adapter's gradients"
+    return "plug-in's share of the adapter's gain" if shares else "plug-in's gain, nats per token"
+
+
+def _legend(choice: Choice, dots: Sequence[Dot], levels: Sequence[tuple[str, str, float]]) -> tuple[Mark, ...]:
+    seen = {dot.standing.verdict for dot in dots}
+    marks = [Mark(text, color, "box") for verdict, (text, color) in VERDICTS.items() if verdict in seen]
+    if any(dot.standing is choice.best for dot in dots):
+        marks.append(Mark("ringed: the one to take", "ink", "box"))
+    marks += [Mark(name, color, STROKES.get(color, "line")) for name, color, _ in levels]
+    return (*marks, Mark("not beaten in both directions", "grid"))

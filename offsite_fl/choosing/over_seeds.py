@@ -1,0 +1,55 @@
+"""Numbers of several seeds: their mean and deviation, and how people read them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class OverSeeds:
+    """Numbers of several seeds: mean and sample standard deviation (None for one seed).
+
+    >>> OverSeeds.of([1.0, 3.0])
+    OverSeeds(mean=2.0, std=1.4142135623730951, values=(1.0, 3.0))
+    """
+
+    mean: float
+    std: float | None
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> OverSeeds:
+        """Mean and deviation of at least one number."""
+        given = tuple(values)
+        mean = math.fsum(given) / len(given)
+        if len(given) == 1:
+            return cls(mean, None, given)
+        return cls(mean, math.sqrt(math.fsum((v - mean) ** 2 for v in given) / (len(given) - 1)), given)
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the mean; None for one seed."""
+        return None if self.std is None else self.std / math.sqrt(len(self.values))
+
+
+def shown(given: OverSeeds | None) -> str:
+    """A loss or cosine for people: ``3.553``, with several seeds ``3.553 ± 0.004``; nothing for None."""
+    if given is None:
+        return ""
+    if not math.isfinite(given.mean):
+        return "diverged"
+    return f"{given.mean:.3f}" + ("" if given.std is None else f" ± {given.std:.3f}")
+
+
+def percent(given: OverSeeds | None) -> str:
+    """A share for people: ``55%``, with several seeds ``55% ± 3``."""
+    if given is None or not math.isfinite(given.mean):
+        return ""
+    return f"{given.mean:.0%}" + ("" if given.std is None else f" ± {100 * given.std:.0f}")
+
+
+def part(share: float | None) -> str:
+    """A share without seeds."""
+    return "" if share is None else f"{share:.0%}"

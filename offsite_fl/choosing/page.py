@@ -1,0 +1,105 @@
+"""choose.html: one file that tells which emulator to take and why, and shows all the others beside it."""
+
+from __future__ import annotations
+
+from offsite_fl.choosing import sections
+from offsite_fl.choosing.choice import Choice
+from offsite_fl.choosing.frontier import frontier
+from offsite_fl.choosing.over_seeds import OverSeeds, part, shown
+from offsite_fl.choosing.standing import Standing
+from offsite_fl.evaluation import plots
+from offsite_fl.evaluation.markup import Markup, count, figure, join, safe, section, tag
+from offsite_fl.evaluation.page import document
+from offsite_fl.sizes import human_bytes
+
+STYLE = """
+code { font: .86em/1.45 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
+h1 code { font-size: .8em; font-weight: 600; letter-spacing: 0; }
+.card table { font-size: .89rem; } table .chip { font-size: .78rem; margin: 0; }
+td.free { min-width: 9rem; } tr > th:first-child { white-space: nowrap; padding-right: .7rem; }
+td .meter { min-width: 3.4rem; margin-top: .2rem; } .meter i { background: var(--plug); min-width: 0; }
+.note { display: block; color: var(--muted); font-size: .82rem; }
+.take { color: var(--good); font-weight: 650; }
+"""
+
+
+def render_choice(choice: Choice) -> str:
+    """The whole page. Parts that a comparison has nothing to say about are left out."""
+    plots.require_matplotlib()
+    body = join(
+        (
+            _header(choice),
+            _frontier(choice),
+            sections.results(choice),
+            sections.costs(choice),
+            sections.gradients(choice),
+            sections.seeds(choice),
+            sections.failed(choice),
+            sections.made(choice),
+            sections.glossary(choice),
+        )
+    )
+    title = f"offsite_fl: take {choice.best.spec}" if choice.best else "offsite_fl: no emulator to take"
+    return document(title, body, STYLE)
+
+
+def _header(choice: Choice) -> Markup:
+    facts = [choice.about.get("model", ""), f"budget {choice.settings.budget} of the middle"]
+    facts += [count(len(choice.standings), "candidate"), count(len(choice.settings.seeds), "seed")]
+    kicker = join((tag("b", "offsite_fl"), safe(" · " + " · ".join(fact for fact in facts if fact))))
+    if choice.best is None:
+        head: Markup = safe("No emulator to take.")
+        chip = tag("span", "none", class_="chip bad")
+    else:
+        head = join((safe("Take "), tag("code", choice.best.spec)))
+        chip = tag("span", choice.best.verdict, class_=sections.CHIPS[choice.best.verdict])
+    lead = tag("p", join((chip, safe(choice.why))), class_="lead")
+    tiles = _tiles(choice, choice.best) if choice.best else Markup()
+    return tag("header", join((tag("p", kicker, class_="kicker"), tag("h1", head), lead, tiles)))
+
+
+def _tiles(choice: Choice, best: Standing) -> Markup:
+    tiles = _tuned_tiles(choice, best) if choice.tuned else _untuned_tiles(choice, best)
+    size = "" if best.bytes is None else human_bytes(best.bytes)
+    left = f"{part(best.verbatim_share)} of the model leaves verbatim"
+    tiles.append(("Bytes", part(best.share), f"of the middle, {size}; {left}"))
+    cells = (
+        tag("div", join((tag("dt", name), tag("dd", join((tag("b", value), safe(about)))))))
+        for name, value, about in tiles
+    )
+    return tag("dl", join(cells), class_="tiles", style=f"--n:{len(tiles)}")
+
+
+def _tuned_tiles(choice: Choice, best: Standing) -> list[tuple[str, str, str]]:
+    zero = f"{choice.zero_shot:.3f} untuned"
+    full = "" if choice.full_fine_tuning is None else f"; {choice.full_fine_tuning.mean:.3f} with full fine-tuning"
+    gained = f"the same adapter reaches {shown(choice.uncompressed)} on the uncompressed model"
+    return [
+        ("Plug-in", _mean(best.plug_in), f"nats per token; {zero}{full}"),
+        ("Of the adapter's gain", "-" if best.of_adapter is None else f"{best.of_adapter.mean:.0%}", gained),
+        ("Gap", _mean(best.gap), "nats that the tuned emulator stays behind the plug-in"),
+    ]
+
+
+def _untuned_tiles(choice: Choice, best: Standing) -> list[tuple[str, str, str]]:
+    return [
+        ("Gradient cosine", _mean(best.cosine), "adapter's gradients on the emulator against the full model"),
+        ("Emulator's loss", _mean(best.public_loss), f"on public text; {choice.public_loss:.3f} of the full model"),
+    ]
+
+
+def _mean(given: OverSeeds | None) -> str:
+    return "-" if given is None else f"{given.mean:.3f}"
+
+
+def _frontier(choice: Choice) -> Markup:
+    dots = [s.verbatim_share for s in choice.standings if s.verbatim_share is not None]
+    sizes = f" Larger dots leave more of the full model verbatim ({min(dots):.0%} to {max(dots):.0%})." if dots else ""
+    bars = " Thin lines: one standard deviation over seeds." if len(choice.settings.seeds) > 1 else ""
+    if choice.tuned:
+        what = "Up: the plug-in gains more. Right: what data owners keep stays farther behind it."
+    else:
+        what = "Up: the adapter's gradients are kept better. Right: the untuned emulator gives away less."
+    about = f"{what} Numbers are ranks in the tables below.{sizes}{bars}"
+    card = figure("The frontier", about, frontier(choice))
+    return section("Gain against protection", "", card) if card else Markup()

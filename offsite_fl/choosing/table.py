@@ -1,0 +1,156 @@
+"""The candidates as a table: in the terminal, as Markdown, and as CSV with every number."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich.table import Table
+from rich.text import Text
+
+from offsite_fl.choosing.choice import Choice
+from offsite_fl.choosing.over_seeds import OverSeeds, part, percent, shown
+from offsite_fl.choosing.standing import Standing
+
+UNCOMPRESSED, FULL = "uncompressed", "full fine-tuning"
+_OVER_SEEDS = (
+    "public_loss",
+    "public_margin",
+    "hidden_error",
+    "cosine",
+    "norm_ratio",
+    "emulator_zero_shot",
+    "emulator_tuned",
+    "plug_in",
+    "gap",
+    "margin",
+    "of_adapter",
+    "recovered",
+    "scale",
+    "plug_in_scaled",
+)
+_PLAIN = (
+    "candidate",
+    "spec",
+    "verdict",
+    "asked_bytes",
+    "bytes",
+    "share",
+    "verbatim_share",
+    "flops_share",
+    "build_seconds",
+    "peak_bytes",
+)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column that people read; ``reference`` is what stands there for the uncompressed middle."""
+
+    name: str
+    text: Callable[[Standing], str]
+    tuned: bool = False
+    brief: bool = True
+
+
+COLUMNS = (
+    Column("bytes", lambda s: part(s.share)),
+    Column("verbatim", lambda s: part(s.verbatim_share)),
+    Column("FLOPs", lambda s: part(s.flops_share), brief=False),
+    Column("cosine", lambda s: shown(s.cosine)),
+    Column("public loss", lambda s: shown(s.public_loss), brief=False),
+    Column("lr", lambda s: "/".join(dict.fromkeys(f"{rate:g}" for rate in s.rates)), tuned=True, brief=False),
+    Column("emulator zero-shot", lambda s: shown(s.emulator_zero_shot), tuned=True, brief=False),
+    Column("emulator tuned", lambda s: shown(s.emulator_tuned), tuned=True),
+    Column("plug-in", lambda s: shown(s.plug_in), tuned=True),
+    Column("gap", lambda s: shown(s.gap), tuned=True),
+    Column("of adapter", lambda s: percent(s.of_adapter), tuned=True),
+    Column("recovered", lambda s: percent(s.recovered), tuned=True, brief=False),
+)
+
+
+def columns_of(choice: Choice, brief: bool = False) -> tuple[Column, ...]:
+    """The columns that this choice has something to say in; ``brief`` for a narrow place."""
+    shown = [c for c in COLUMNS if (choice.tuned or not c.tuned) and (c.brief or not brief)]
+    if choice.full_fine_tuning is None:
+        shown = [c for c in shown if c.name != "recovered"]
+    if brief and not choice.tuned:
+        shown.append(next(c for c in COLUMNS if c.name == "public loss"))
+    return tuple(shown)
+
+
+def reference_lines(choice: Choice) -> list[tuple[str, dict[str, str]]]:
+    """What candidates are set against, by the name of the column."""
+    zero, best, full = choice.zero_shot, choice.uncompressed, choice.full_fine_tuning
+    if zero is None or best is None:
+        return [(UNCOMPRESSED, {"bytes": "100%", "public loss": f"{choice.public_loss:.3f}", "cosine": "1.000"})]
+    losses = {"emulator zero-shot": f"{zero:.3f}", "emulator tuned": shown(best), "plug-in": shown(best)}
+    gained = {"of adapter": "100%", "gap": "0.000", "public loss": f"{choice.public_loss:.3f}", "cosine": "1.000"}
+    if full is not None and zero > full.mean:
+        gained["recovered"] = f"{(zero - best.mean) / (zero - full.mean):.0%}"
+    lines = [(UNCOMPRESSED, {"bytes": "100%", "FLOPs": "100%"} | losses | gained)]
+    if full is not None:
+        lines.append((FULL, {"plug-in": shown(full)} | ({"recovered": "100%"} if zero > full.mean else {})))
+    return lines
+
+
+def rich_table(choice: Choice) -> Table:
+    """The candidates for the terminal, best first; the recommended one is bold."""
+    columns = columns_of(choice, brief=True)
+    table = Table(title=f"Emulators within {choice.settings.budget} of the middle", title_justify="left")
+    table.add_column("#", justify="right")
+    table.add_column("emulator", overflow="fold", min_width=16)
+    for column in columns:
+        table.add_column(column.name, justify="right")
+    table.add_column("verdict", min_width=9)
+    for rank, standing in enumerate(choice.standings, start=1):
+        cells = [Text(column.text(standing)) for column in columns]
+        style = "bold green" if standing is choice.best else ""
+        table.add_row(str(rank), Text(standing.spec), *cells, standing.verdict, style=style)
+    for name, found in reference_lines(choice):
+        table.add_row("", name, *(found.get(column.name, "") for column in columns), "", style="dim")
+    return table
+
+
+def to_markdown(choice: Choice) -> str:
+    """A table of GitHub's Markdown, the recommendation under it."""
+    columns = columns_of(choice)
+    rows = [["#", "emulator", *(column.name for column in columns), "verdict"]]
+    rows.append(["---"] * len(rows[0]))
+    for rank, standing in enumerate(choice.standings, start=1):
+        cells = [column.text(standing) for column in columns]
+        rows.append([str(rank), f"`{standing.spec}`", *cells, standing.verdict])
+    for name, found in reference_lines(choice):
+        rows.append(["", name, *(found.get(column.name, "") for column in columns), ""])
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    taken = f"Take `{choice.best.spec}`. {choice.why}" if choice.best else choice.why
+    failed = [f"- `{s.spec}`: {error}" for s in choice.standings for error in s.errors]
+    return "\n".join([*lines, "", taken, *(["", "Failed:", "", *failed] if failed else [])]) + "\n"
+
+
+def to_csv(choice: Choice) -> str:
+    """One line a candidate, best first, numbers in full; of several seeds mean and standard deviation."""
+    head = ["rank", "best", *_PLAIN, "seeds", "rates"]
+    head += [name for given in _OVER_SEEDS for name in (given, f"{given}_std")]
+    blocks = max((len(s.cosine_by_block) for s in choice.standings), default=0)
+    head += [f"{kind}_block_{i}" for kind in ("cosine", "norm_ratio") for i in range(blocks)]
+    out = io.StringIO()
+    table = csv.DictWriter(out, [*head, "notes", "errors"], lineterminator="\n", restval="")
+    table.writeheader()
+    for rank, standing in enumerate(choice.standings, start=1):
+        table.writerow({"rank": rank, "best": int(standing is choice.best)} | _csv_line(standing))
+    return out.getvalue()
+
+
+def _csv_line(standing: Standing) -> dict[str, object]:
+    line: dict[str, object] = {name: getattr(standing, name) for name in _PLAIN}
+    line |= {"seeds": "/".join(map(str, standing.seeds)), "rates": "/".join(f"{rate:g}" for rate in standing.rates)}
+    for name in _OVER_SEEDS:
+        given: OverSeeds | None = getattr(standing, name)
+        if given is not None:
+            line |= {name: given.mean, f"{name}_std": "" if given.std is None else given.std}
+    for kind in ("cosine", "norm_ratio"):
+        line |= {f"{kind}_block_{i}": v for i, v in enumerate(getattr(standing, f"{kind}_by_block"))}
+    return line | {"notes": "; ".join(standing.notes), "errors": "; ".join(standing.errors)}
