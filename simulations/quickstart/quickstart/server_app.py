@@ -22,6 +22,7 @@ from offsite_fl.evaluation.tables import print_report
 from offsite_fl.measure import Measure
 from offsite_fl.models.split import Split
 from offsite_fl.owner import ModelOwner
+from offsite_fl.repair import Repair
 from offsite_fl.strategies import OffsiteTuning, central_evaluation
 from offsite_fl.strategies.checkpoint import check_unused
 from offsite_fl.strategies.named import make_strategy
@@ -85,29 +86,39 @@ def main(grid: Grid, context: Context) -> None:
             num_rounds=settings.main.num_server_rounds,
             evaluate_fn=central_evaluation(measure, settings.tune.lora, every=settings.test.every),
         )
+    repair = None
+    if settings.repair.run:
+        with clock("measuring the repair on public text"):
+            repair = measured_repair(owner, strategy, settings)
+            repair.save(folder / "repair.safetensors")
     with clock("full fine-tuning, the upper bound"):
         full_fine_tuning = upper_bound(measure, strategy, settings) if settings.baseline.run else None
     update = strategy.update()
-    rows = five_rows(strategy, measure, full_fine_tuning)
-    owner.plug_in(update)
+    rows = five_rows(strategy, measure, full_fine_tuning, repair)
+    owner.plug_in(update, repair)
     update.save(folder / "update.safetensors")
     if settings.run.save_model:
         owner.save(folder / "adapted")
     report = record(rows, strategy, measure, settings, clock, dict(context.run_config))
+    if repair is not None:
+        report = replace(report, notes=[*report.notes, repair.note, without_repair(strategy)])
     report.write(folder)
     print_report(report, console)
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
 
 
-def five_rows(strategy: OffsiteTuning, measure: Measure, full_fine_tuning: Row | None) -> FiveRows:
+def five_rows(
+    strategy: OffsiteTuning, measure: Measure, full_fine_tuning: Row | None, repair: Repair | None = None
+) -> FiveRows:
     """The rows, from what was measured in round 0 and after the last round where that was done."""
     before, after, update = strategy.history[0], strategy.history[-1], strategy.update()
+    plugged = after.plug_in if repair is None else None
     return FiveRows(
         # In round 0 nothing is tuned yet: the plug-in is the full model, and the emulator as it was handed out.
         before.plug_in or measure.full_zero_shot(),
         before.emulator or measure.emulator_zero_shot(),
         after.emulator or measure.emulator_tuned(update.tensors, update.lora),
-        after.plug_in or measure.plug_in(update.tensors, update.lora),
+        plugged or measure.plug_in(update.tensors, update.lora, repair),
         full_fine_tuning,
     )
 
@@ -174,6 +185,21 @@ def upper_bound(measure: Measure, strategy: OffsiteTuning, settings: Settings) -
         progress=True,
     )
     return measure.full_fine_tuning([settings.data.file(owner) for owner in work.owners], config)
+
+
+def measured_repair(owner: ModelOwner, strategy: OffsiteTuning, settings: Settings) -> Repair:
+    """What as many steps as the busiest data owner took repair in the emulator, on the public text."""
+    steps = Work.of(strategy, settings).steps
+    config = replace(settings.tune, max_steps=steps, schedule_steps=steps, schedule_offset=0, progress=True)
+    public = settings.data.file("public", ".txt")
+    return owner.measure_repair(public, config, share=settings.repair.share, scale=settings.repair.scale)
+
+
+def without_repair(strategy: OffsiteTuning) -> str:
+    """The last round's plug-in as it came, for whoever wants to compare."""
+    row = strategy.history[-1].plug_in
+    said = f"{row.perplexity:.1f}" if row is not None else "not measured"
+    return f"The curves show the plug-in with the repair still in it; after the last round its perplexity was {said}."
 
 
 def record(

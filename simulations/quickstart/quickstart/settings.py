@@ -10,7 +10,7 @@ from typing import Any
 from offsite_fl.config import TuneConfig, cache_root, from_mapping
 from offsite_fl.errors import DataError, ModelError
 
-GROUPS = ("tune.", "data.", "test.", "baseline.", "run.")
+GROUPS = ("tune.", "data.", "test.", "baseline.", "repair.", "run.")
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,15 @@ class BaselinePart:
 
 
 @dataclass(frozen=True)
+class RepairPart:
+    """What tuning did only to put the emulator right, taken out of the plug-in (docs/emulators.md)."""
+
+    run: bool
+    share: float
+    scale: float
+
+
+@dataclass(frozen=True)
 class RunPart:
     """Where results go."""
 
@@ -98,6 +107,7 @@ class Settings:
     data: DataPart
     test: TestPart
     baseline: BaselinePart
+    repair: RepairPart
     run: RunPart
 
     @classmethod
@@ -113,5 +123,6 @@ class Settings:
             DataPart.of(run_config),
             from_mapping(TestPart, run_config, "test."),
             from_mapping(BaselinePart, run_config, "baseline."),
+            from_mapping(RepairPart, run_config, "repair."),
             from_mapping(RunPart, run_config, "run."),
         )
