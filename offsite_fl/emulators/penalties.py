@@ -6,6 +6,7 @@ rows w_i of W, its output channels. R_nuc doesn't depend on the order of the cha
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,15 +34,19 @@ class Penalty:
     runs: int = 1
 
     def normalised(self, weight: Tensor) -> Tensor:
-        """R_nuc / ||W||_F with the norm taken as a constant, or R_1 or R_2 / (m n), for ``weight`` [m, n]; a scalar.
+        """The penalty of ``weight`` [m, n] with its root mean square as the unit, taken as a constant; a scalar.
 
-        Differentiable. In a training loop the nuclear norm has a cheaper form (:func:`nuclear_subgradient`).
+        That is R_nuc / ||W||_F, and R_1 or R_2 / (m n) of W / rms. With R / (m n) of W itself, small weights would make
+        differences weigh nothing beside a nuclear norm at the same factor. Differentiable; in a training loop the
+        nuclear norm has a cheaper form (:func:`nuclear_subgradient`).
         """
+        size = frobenius(weight)
         if self.kind == "nuc":
-            return nuclear_norm(weight) / frobenius(weight)
+            return nuclear_norm(weight) / size
         order = ORDERS[self.kind]
         parts = [roughness(weight, order, dim, self.norm, self.runs if dim == "out" else 1) for dim in self.dims]
-        return torch.stack(parts).sum() / weight.numel()
+        unit = size / math.sqrt(weight.numel())
+        return torch.stack(parts).sum() / weight.numel() / unit ** (2 if self.norm == "l2sq" else 1)
 
 
 def roughness(weight: Tensor, order: int, dim: Dim = "out", norm: Norm = "l2sq", runs: int = 1) -> Tensor:

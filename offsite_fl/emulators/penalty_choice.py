@@ -31,6 +31,11 @@ class PenaltyRules:
     norm: Norm = "l2sq"
     anywhere: bool = False
 
+    @property
+    def differences(self) -> bool:
+        """Whether differences are asked for along an MLP's channels."""
+        return self.mlp in ("d1", "d2")
+
 
 def choose_penalties(block: nn.Module, chains: Sequence[ChannelChain], rules: PenaltyRules) -> dict[str, Penalty]:
     """The penalty of each dense linear of ``block`` by path; those without one aren't listed.

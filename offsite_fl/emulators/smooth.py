@@ -28,19 +28,42 @@ from offsite_fl.models.linears import linear_weight
 
 Chains = Mapping[int, tuple[ChannelChain, ...]]
 
+# Factors of the penalties where none is given. In one shot every factor costs accuracy; a training needs a larger one.
+LAM = {"prox": 1e-3, "train": 1e-2}
+
 
 @register("smooth")
 @dataclass(frozen=True)
 class Smooth(BudgetedMethod):
-    """Make the linears of the frozen blocks smooth, then cut each to two factors by a plain SVD, with no tuning after.
+    """Make the linears of the frozen blocks smooth, then cut each to two factors by SVD, with no tuning after that.
 
-    Smooth Model Compression, arXiv 2505.24469. TODO
+    Smooth Model Compression, arXiv 2505.24469: under a penalty R a weight W comes near to a matrix of low rank. R is
+    the nuclear norm (``nuc``) or ``sum_i ||w_(i+1) - w_i||^2`` (``d1``) or ``sum_i ||w_(i+1) - 2 w_i + w_(i-1)||^2``
+    (``d2``) over W's channels: its rows (``dim=out``), its columns (``in``), or both. ``norm=l1`` takes absolute values
+    for squares. Every R is in units of W's root mean square, so that one factor ``lam`` does for all. ``mlp`` is the
+    penalty of linears that write or read an MLP's inner channels, ``attention`` that of all others. ``mode``:
+
+    * ``prox`` (ours; needs no text): ``argmin 1/2 ||W - W0||^2 + lam R(W)``, in closed form. Differences are taken only
+      where the order of channels is free, after ``reorder`` has put an MLP's channels in an order in which neighbours
+      are alike (greedy nearest neighbour), which leaves what the block computes as it is. Other linears of the MLP get
+      the nuclear norm. Attention has no free order here: dims inside its heads could be reordered too, but aren't.
+      ``weighted`` takes ``W C^1/2`` with C = E[x x'] of the full model's inputs, which needs text. By itself a plain
+      truncation is nearest to W0, so a small ``lam`` is what this mode wants.
+    * ``train`` (the paper's): ``w_lm * L_LM + w_kd * L_KD + lam(t) * sum R(W)`` over all linears, on calibration text
+      as ``distill`` does it; lam(t) rises from 0 over the first 30 % of the steps. Nuclear norms are decomposed every
+      10 steps. Differences are taken along any channels, in the order that they have. Every ``eval_every`` steps L_KD
+      is measured on held out text with the linears cut, and the best is kept; plain truncation is the first candidate.
+      Resumes from ``workdir``.
+
+    ``rank=budget`` leaves every linear the same share of its numbers, ``rank=energy`` lets each lose the same share of
+    its squared singular values; both meet the same budget. ``mlp=auto`` is d2 in mode prox and nuc in mode train;
+    ``lam``, where it isn't given, is 0.001 and 0.01.
     """
 
     mode: Literal["prox", "train"] = "prox"
     attention: Choice = "nuc"
-    mlp: Choice = "d2"
-    lam: float = 1e-3
+    mlp: Literal["auto", "nuc", "d1", "d2", "none"] = "auto"
+    lam: float | None = None
     dim: Literal["out", "in", "both"] = "out"
     norm: Norm = "l2sq"
     reorder: bool = True
@@ -57,7 +80,7 @@ class Smooth(BudgetedMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices(self)
-        check(self.lam >= 0, f"smooth lam = {self.lam!r} can't be negative")
+        check(self.lam is None or self.lam >= 0, f"smooth lam = {self.lam!r} can't be negative")
         for name in ("steps", "eval_every"):
             check(getattr(self, name) >= 1, f"smooth {name} must be at least 1, got {getattr(self, name)}")
         check(self.lr > 0, f"smooth lr must be above 0, got {self.lr}")
@@ -66,14 +89,25 @@ class Smooth(BudgetedMethod):
         check(self.w_lm + self.w_kd > 0, "smooth has nothing to train for: w-lm and w-kd are both 0")
         if self.mode == "train":
             check(not self.weighted, "smooth weighted=true weighs by the full model's inputs: it goes with mode=prox")
-            return
-        check(self.norm == "l2sq", "smooth norm=l1 has no closed form: use it with mode=train")
-        fixed = self.attention in ("d1", "d2")
-        check(
-            not fixed,
-            f"smooth attention={self.attention} can't be had in one shot: the channels of attention stand in a fixed "
-            "order, in which neighbours have nothing in common; use attention=nuc, or mode=train",
-        )
+        else:
+            check(self.norm == "l2sq", "smooth norm=l1 has no closed form: it goes with mode=train")
+            check(
+                self.attention in ("nuc", "none"),
+                f"smooth attention={self.attention} can't be had in one shot: the channels of attention stand in a "
+                "fixed order, in which neighbours have nothing in common; use attention=nuc, or mode=train",
+            )
+
+    @property
+    def strength(self) -> float:
+        """The factor of the penalties."""
+        return LAM[self.mode] if self.lam is None else self.lam
+
+    @property
+    def rules(self) -> PenaltyRules:
+        """Which penalty goes where."""
+        mlp = self.mlp if self.mlp != "auto" else "d2" if self.mode == "prox" else "nuc"
+        dims: tuple[Dim, ...] = ("out", "in") if self.dim == "both" else (self.dim,)
+        return PenaltyRules(self.attention, mlp, dims, self.norm, anywhere=self.mode == "train")
 
     def reduce(self, emulator: Emulator, context: Context, budget: int | None) -> Emulator:
         """Return new blocks; what isn't a linear is shared with ``emulator``'s blocks, unless they were trained."""
@@ -85,51 +119,39 @@ class Smooth(BudgetedMethod):
             _check_trainable(emulator)
         chains = self._chains(emulator, context)
         emulator = self._reordered(emulator, context, chains)
-        penalties = self._penalties(emulator, chains)
+        penalties = {
+            (slot, path): penalty
+            for slot, block in enumerate(emulator.blocks)
+            for path, penalty in choose_penalties(block.module, chains.get(slot, ()), self.rules).items()
+        }
         shape = self._trained if self.mode == "train" else self._moved
         built = shape(emulator, context, budget, penalties)
         return replace(built, notes=self._notes(emulator, chains))
 
     def _chains(self, emulator: Emulator, context: Context) -> Chains:
         """The channel chains of each block; not looked for where nothing depends on them."""
-        if self.mlp == self.attention and not self._differs:
+        if self.rules.mlp == self.rules.attention and not self.rules.differences:
             return {}
         found = find_parts(emulator, context)
         targets = {slot: [part.target for part in block.parts] for slot, block in found.items()}
         return {slot: tuple(t for t in of if isinstance(t, ChannelChain)) for slot, of in targets.items()}
 
-    @property
-    def _differs(self) -> bool:
-        return self.mlp in ("d1", "d2")
-
-    @property
-    def _dims(self) -> tuple[Dim, ...]:
-        return ("out", "in") if self.dim == "both" else (self.dim,)
-
     def _reordered(self, emulator: Emulator, context: Context, chains: Chains) -> Emulator:
-        if not (self.reorder and self._differs):
+        if not (self.reorder and self.rules.differences):
             return emulator
         blocks = []
         for slot, block in enumerate(context.track(emulator.blocks, "smooth: reorder", total=len(emulator.blocks))):
             module = working_copy(block.module, context.device)
             for chain in chains.get(slot, ()):
-                reorder_channels(module, chain, self._dims)
+                reorder_channels(module, chain, self.rules.dims)
             blocks.append(EmulatorBlock(sent_home(module, context), block.origin))
         return Emulator(blocks, dict(emulator.layout))
-
-    def _penalties(self, emulator: Emulator, chains: Chains) -> dict[Place, Penalty]:
-        rules = PenaltyRules(self.attention, self.mlp, self._dims, self.norm, anywhere=self.mode == "train")
-        return {
-            (slot, path): penalty
-            for slot, block in enumerate(emulator.blocks)
-            for path, penalty in choose_penalties(block.module, chains.get(slot, ()), rules).items()
-        }
 
     def _moved(self, emulator: Emulator, context: Context, budget: int, penalties: Mapping[Place, Penalty]) -> Emulator:
         """Every matrix that is to be cut moved by its penalty's proximal operator, and cut."""
 
         def moved(linear: nn.Module, place: Place, moments: Tensor | None) -> Tensor:
-            return proximal(linear_weight(linear).detach(), penalties.get(place), self.lam, moments)
+            return proximal(linear_weight(linear).detach(), penalties.get(place), self.strength, moments)
 
         if self.rank == "energy":
             spectra = {}
@@ -177,7 +199,7 @@ class Smooth(BudgetedMethod):
             self.w_kd,
             eval_every=self.eval_every,
             select="distill",
-            lam=self.lam,
+            lam=self.strength,
             spec=str(self),
         )
         trained = train_smooth(emulator, context, options, penalties, ranks)
@@ -188,7 +210,7 @@ class Smooth(BudgetedMethod):
 
     def _notes(self, emulator: Emulator, chains: Chains) -> tuple[str, ...]:
         bare = sum(any(dense_linears(b.module)) and not chains.get(slot) for slot, b in enumerate(emulator.blocks))
-        if not self._differs or not bare:
+        if not self.rules.differences or not bare:
             return ()
         return (
             f"smooth found no MLP channels whose order is free in {bare} of {len(emulator.blocks)} blocks, so all "

@@ -10,6 +10,7 @@ import torch
 from offsite_fl.config import CACHE_VARIABLE
 from offsite_fl.evaluation.record import RunReport
 from offsite_fl.evaluation.rows import ROW_KEYS
+from offsite_fl.repair import Repair
 from offsite_fl.update import Update
 from simulations.local_flower import LocalFlower, local_flower
 from tests.e2e.conftest import APP, OWNERS, PATIENCE, SETTINGS, running, write_data, write_model
@@ -34,10 +35,10 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
     write_model(ground / "model")
     write_data(ground / "data")
     with local_flower(ground / "flower", supernodes=len(OWNERS)) as flower:
-        whole = run(flower, ground, "whole")
+        whole = run(flower, ground, "whole", **{"repair.run": True})
         assert any("flower-superlink" in line for line in running(ground))  # it can be found while it runs
         half = run(flower, ground, "halves", **{"num-server-rounds": 1})
-        halves = run(flower, ground, "halves", **{"run.resume": True})
+        halves = run(flower, ground, "halves", **{"run.resume": True, "repair.run": True})
 
     assert [key for key, _ in whole.rows] == list(ROW_KEYS)
     assert [len(report.rounds) for report in (whole, half, halves)] == [1 + 2, 1 + 1, 1 + 2]
@@ -50,6 +51,10 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
     assert half.ledger.total(kind="bundle") == halves.ledger.total(kind="bundle") == 0
 
     assert halves.rows.plug_in == whole.rows.plug_in != half.rows.plug_in
+    # The row is that of the repaired plug-in, the curve's last point that of the plug-in as it came.
+    assert whole.rounds[-1].plug_in != whole.rows.plug_in and half.rounds[-1].plug_in == half.rows.plug_in
+    assert Repair.load(ground / "whole" / "repair.safetensors").steps > 0
+    assert any("repair" in note for note in whole.notes) and not any("repair" in note for note in half.notes)
     tensors, resumed = (Update.load(ground / name / "update.safetensors").tensors for name in ("whole", "halves"))
     assert tensors.keys() == resumed.keys()
     assert all(torch.equal(tensors[name], resumed[name]) for name in tensors)
