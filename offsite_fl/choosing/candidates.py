@@ -12,7 +12,7 @@ from offsite_fl.choosing.budget import Budget
 KEEP = "{keep}"
 
 # The quickstart's own spec, as a reference of known behaviour; it has a size of its own.
-QUICKSTART = "low-rank:keep=0.9,targets=q_proj/k_proj/v_proj/o_proj+quantize:bits=4,group=0"
+QUICKSTART = "low-rank:keep=0.975,targets=q_proj/k_proj/v_proj/o_proj+quantize:bits=4,group=0"
 
 DEFAULTS: tuple[str, ...] = (
     "layer-drop:{keep}",
@@ -30,8 +30,13 @@ DEFAULTS: tuple[str, ...] = (
     "prune:{keep},mode=structured",
     "prune:{keep},mode=magnitude",
     "quantize:{keep}",
+    "quantize:bits=4,group=0",
+    "quantize:bits=4,group=64",
+    "quantize:bits=4,group=64",
     "quantize:mode=legacy-fake",
     "gradot:{keep}",
+    "gradot:{keep},allocation=global",
+    "gradot:{keep},allocation=global",
     "smooth:{keep},mode=prox",
     "smooth:{keep},mode=train",
     "scaleot:{keep}",

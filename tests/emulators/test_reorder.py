@@ -1,0 +1,96 @@
+"""The order of channels: short in itself, and invisible from outside the block."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from offsite_fl.emulators.base import Context, copy_structure
+from offsite_fl.emulators.channels import ChannelChain, find_chains
+from offsite_fl.emulators.groups import plan_block
+from offsite_fl.emulators.penalties import Dim
+from offsite_fl.emulators.reorder import reorder_channels, smooth_order
+from offsite_fl.emulators.streams import read_batches
+from offsite_fl.models.linears import linear_weight
+from offsite_fl.models.walk import call_block
+
+MakeContext = Callable[..., Context]
+
+
+def length(rows: Tensor, order: Sequence[int]) -> float:
+    return sum(float((rows[a] - rows[b]).square().sum()) for a, b in itertools.pairwise(order))
+
+
+def test_a_shuffled_line_is_put_right() -> None:
+    line = torch.arange(20.0)[:, None] * torch.tensor([[1.0, -2.0]])
+    shuffled = line[torch.randperm(20, generator=torch.Generator().manual_seed(0))]
+    found = shuffled[smooth_order(shuffled)]
+    assert torch.equal(found, line) or torch.equal(found, line.flip(0))
+
+
+def test_greedy_by_hand() -> None:
+    """From 10, the farthest from the mean 4.2: to 6, to 4, then to 1, then to 0."""
+    assert smooth_order(torch.tensor([[4.0], [0.0], [10.0], [1.0], [6.0]])).tolist() == [2, 4, 0, 3, 1]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_between_the_best_order_and_the_given_one(seed: int) -> None:
+    rows = torch.randn(6, 3, generator=torch.Generator().manual_seed(seed))
+    found = smooth_order(rows).tolist()
+    assert sorted(found) == list(range(6))
+    lengths = [length(rows, order) for order in itertools.permutations(range(6))]
+    assert min(lengths) - 1e-5 <= length(rows, found) <= length(rows, range(6)) + 1e-5
+    assert length(rows, found) < sum(lengths) / len(lengths)
+
+
+def test_an_order_that_greed_would_spoil_stays() -> None:
+    """Greed goes from (4, 2) to (2, 4), (0, 4), (0, 3) and back to (4, 5): 8 + 4 + 1 + 20. As given: 9 + 5 + 4 + 1."""
+    rows = torch.tensor([[4.0, 2.0], [4.0, 5.0], [2.0, 4.0], [0.0, 4.0], [0.0, 3.0]])
+    assert smooth_order(rows).tolist() == [0, 1, 2, 3, 4]
+    equal = torch.zeros(4, 2)
+    assert smooth_order(equal).tolist() == [0, 1, 2, 3]
+
+
+def watched(context: Context, index: int) -> tuple[nn.Module, tuple[ChannelChain, ...], Tensor, object]:
+    (batch,) = read_batches(context, context.calibration[:1])
+    block, call = context.block(index), batch.calls[index]
+    hidden = torch.randn(batch.entry.shape, generator=torch.Generator().manual_seed(1))
+    return block, find_chains(block, hidden, call, plan_block(block, hidden, call, batch.rows)), hidden, call
+
+
+@pytest.mark.parametrize("dims", [("out",), ("in",), ("out", "in")])
+def test_the_block_computes_what_it_did(
+    family: str, dims: tuple[Dim, ...], pico: Callable[..., nn.Module], context_of: MakeContext
+) -> None:
+    context = context_of(pico(family))
+    block, chains, hidden, call = watched(context, 2)
+    assert len(chains) == 1
+    before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    copied = copy_structure(block)
+    with torch.no_grad():
+        reorder_channels(copied, chains[0], dims)
+        assert_close(call_block(copied, hidden, call), call_block(block, hidden, call), rtol=1e-4, atol=1e-5)  # type: ignore[arg-type]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in block.state_dict().items())
+    old, new = (linear_weight(b.get_submodule(chains[0].writer)) for b in (block, copied))
+    assert not torch.equal(old, new) and torch.equal(old.sort(1).values, new.sort(1).values)
+
+
+@pytest.mark.parametrize("dim", ["out", "in"])
+def test_it_is_smoother_along_what_was_asked_for(dim: Dim, pico_llama: nn.Module, context_of: MakeContext) -> None:
+    block, (chain,), _, _ = watched(context_of(pico_llama), 2)
+    copied = copy_structure(block)
+    reorder_channels(copied, chain, (dim,))
+
+    def rough(module: nn.Module) -> float:
+        if dim == "in":
+            rows = linear_weight(module.get_submodule("mlp.down_proj")).T
+        else:
+            rows = torch.cat([linear_weight(module.get_submodule(f"mlp.{n}_proj")) for n in ("gate", "up")], dim=1)
+        return length(rows.detach(), range(len(rows)))
+
+    assert rough(copied) < 0.9 * rough(block)

@@ -1,0 +1,369 @@
+"""The method smooth: every family, what it computes in one shot, its options, chains, and blocks of a vision model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+from transformers import ViTConfig, ViTForImageClassification
+
+from offsite_fl.emulators.base import Context, Emulator, EmulatorBlock, start
+from offsite_fl.emulators.budget import TOLERANCE, emulator_bytes
+from offsite_fl.emulators.channels import find_chains
+from offsite_fl.emulators.groups import dense_linears, plan_block
+from offsite_fl.emulators.low_rank import LowRank
+from offsite_fl.emulators.penalty_choice import choose_penalties
+from offsite_fl.emulators.rank_rules import cut_to
+from offsite_fl.emulators.reorder import reorder_channels, smooth_order
+from offsite_fl.emulators.report import emulated_network
+from offsite_fl.emulators.smooth import Smooth
+from offsite_fl.emulators.smooth_prox import proximal
+from offsite_fl.emulators.spec import parse_emulator
+from offsite_fl.errors import ConfigError, EmulatorError
+from offsite_fl.models.blocks import block_list, find_blocks
+from offsite_fl.models.linears import LowRankLinear, linear_bias, linear_weight
+from offsite_fl.models.walk import BlockCall
+from tests.emulators.test_penalties import difference_matrix
+
+MakeContext = Callable[..., Context]
+
+
+def product(module: nn.Module) -> Tensor:
+    """The weight that two factors stand for, fp64."""
+    assert isinstance(module, LowRankLinear)
+    return linear_weight(module.up).double() @ linear_weight(module.down).double()
+
+
+def truncated(weight: Tensor, rank: int) -> Tensor:
+    u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ vt[:rank]
+
+
+def logits(emulator: Emulator, context: Context) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = emulated_network(emulator, context)(**context.calibration[0]).logits
+    return found
+
+
+SPECS = (
+    "smooth:lam=0.01,rank=energy",
+    "smooth:lam=0.1,dim=both,weighted=true",
+    "smooth:mode=train,attention=d1,mlp=d2,norm=l1,steps=2,eval-every=2",
+)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_family(spec: str, family: str, pico: Callable[..., nn.Module], context_of: MakeContext) -> None:
+    method = parse_emulator(spec)
+    assert parse_emulator(str(method)) == method
+    context = context_of(pico(family))
+    before = {name: tensor.clone() for name, tensor in context.model.state_dict().items()}
+    built = method.compress(start(context), context)
+    whole = emulator_bytes(start(context))
+    if built.notes:
+        assert len(built.notes) == 1 and "smooth was asked for 50.0% of the bytes" in built.notes[0]
+        assert abs(emulator_bytes(built) - whole / 2) > TOLERANCE * whole
+    assert 0 <= whole / 2 - emulator_bytes(built) < 0.05 * whole
+    for block in built.blocks:
+        for path, linear in dense_linears(context.block(block.origin)):
+            new, bias = block.module.get_submodule(path), linear_bias(linear)
+            if isinstance(new, LowRankLinear) and bias is not None and "train" not in spec:
+                assert_close(new.up.bias.sort().values, bias.sort().values)  # an MLP's outputs may have moved
+    assert all(torch.equal(tensor, before[name]) for name, tensor in context.model.state_dict().items())
+    assert context.model.state_dict().keys() == before.keys()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in context.model.modules())
+    found = logits(built, context)
+    assert found.shape == (4, 16, 64) and bool(torch.isfinite(found).all())
+
+
+# One shot
+
+
+def test_a_factor_of_zero_is_the_plain_truncation(
+    family: str, pico: Callable[..., nn.Module], context_of: MakeContext
+) -> None:
+    context = context_of(pico(family))
+    plain = LowRank(0.5, "plain").compress(start(context), context)
+    for reorder in (False, True):
+        built = Smooth(0.5, lam=0.0, reorder=reorder).compress(start(context), context)
+        assert_close(logits(built, context), logits(plain, context), rtol=1e-3, atol=1e-4)
+    as_it_stands = Smooth(0.5, lam=0.0, reorder=False).compress(start(context), context)
+    for ours, theirs in zip(as_it_stands.blocks, plain.blocks, strict=True):
+        assert_close(ours.module.state_dict(), theirs.module.state_dict())
+
+
+def test_nuclear_norm_and_differences_by_hand(pico_llama: nn.Module, context_of: MakeContext) -> None:
+    """Attention and down: singular values less lam ||W||_F. Gate and up: (I + 2 lam D'D)^-1 of the reordered W."""
+    context = context_of(pico_llama, calibration=())
+    lam = 0.02
+    built = Smooth(0.5, lam=lam).compress(start(context), context).at(3)
+    own = {path: linear_weight(linear).detach().double() for path, linear in dense_linears(context.block(3))}
+    order = smooth_order(torch.cat([own["mlp.gate_proj"], own["mlp.up_proj"]], dim=1))
+    own["mlp.down_proj"] = own["mlp.down_proj"][:, order]
+    smoothing = torch.linalg.inv(torch.eye(64) + 2 * lam * difference_matrix(64, 2).T @ difference_matrix(64, 2))
+    for path, weight in own.items():
+        new = built.get_submodule(path)
+        if path in ("mlp.gate_proj", "mlp.up_proj"):
+            moved = smoothing @ weight[order]
+        else:
+            u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+            moved = (u * (s - lam * weight.norm()).clamp(min=0)) @ vt
+        assert isinstance(new, LowRankLinear)
+        assert_close(product(new), truncated(moved, new.rank), rtol=1e-4, atol=1e-5)
+
+
+def test_along_inputs(pico_llama: nn.Module, context_of: MakeContext) -> None:
+    """dim=in: down along its columns, in an order by these columns, gate and up by the nuclear norm."""
+    context = context_of(pico_llama, calibration=())
+    built = Smooth(0.5, lam=0.05, dim="in", mlp="d1").compress(start(context), context).at(1)
+    weight = linear_weight(context.block(1).get_submodule("mlp.down_proj")).detach().double()
+    ordered = weight[:, smooth_order(weight.T)]
+    moved = ordered @ torch.linalg.inv(torch.eye(64) + 0.1 * difference_matrix(64, 1).T @ difference_matrix(64, 1))
+    new = built.get_submodule("mlp.down_proj")
+    assert isinstance(new, LowRankLinear)
+    assert_close(product(new), truncated(moved, new.rank), rtol=1e-4, atol=1e-5)
+
+
+def test_weighted_at_zero_is_the_activation_weighted_truncation(pico_llama: nn.Module, context_of: MakeContext) -> None:
+    context = context_of(pico_llama)
+    theirs = LowRank(0.5, "activation").compress(start(context), context)
+    ours = Smooth(0.5, lam=0.0, weighted=True, reorder=False).compress(start(context), context)
+    for path, _ in dense_linears(context.block(2)):
+        both = [product(built.at(2).get_submodule(path)) for built in (ours, theirs)]
+        assert_close(*both, rtol=1e-3, atol=1e-4)
+
+
+def test_weighted_shrinks_in_the_space_of_the_inputs(pico_llama: nn.Module, context_of: MakeContext) -> None:
+    """X W*' has the singular values of X W' less lam times their norm, X being what the linear reads."""
+    context = context_of(pico_llama)
+    lam, path = 0.05, "self_attn.q_proj"
+    built = Smooth(0.5, lam=lam, weighted=True).compress(start(context), context).at(1)
+    seen: list[Tensor] = []
+    linear = context.block(1).get_submodule(path)
+    handle = linear.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    for batch in context.calibration:
+        context.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    handle.remove()
+    kept = torch.cat([batch["attention_mask"] for batch in context.calibration]).bool()
+    x = torch.cat(seen)[kept].double()
+    before = torch.linalg.svdvals(x @ linear_weight(linear).detach().double().T)
+    after = torch.linalg.svdvals(x @ product(built.get_submodule(path)).T)
+    rank = built.get_submodule(path).rank
+    assert_close(after[:rank], (before[:rank] - lam * before.norm()).clamp(min=0), rtol=1e-3, atol=1e-2)  # type: ignore[misc]
+
+
+def test_energy_loses_less_than_equal_shares(pico_llama: nn.Module, context_of: MakeContext) -> None:
+    """Both fit the budget; where spectra differ, ranks by energy leave more of the weights' squares behind."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for index in (1, 2):
+            for path in ("self_attn.q_proj", "mlp.up_proj"):
+                weight = linear_weight(pico_llama.get_submodule(f"model.layers.{index}.{path}"))
+                rows, columns = weight.shape
+                weight.copy_(torch.randn(rows, 2, generator=generator) @ torch.randn(2, columns, generator=generator))
+    context = context_of(pico_llama, calibration=())
+    whole = emulator_bytes(start(context))
+    worst = []
+    for rank in ("budget", "energy"):
+        built = Smooth(0.5, lam=0.0, reorder=False, rank=rank).compress(start(context), context)  # type: ignore[arg-type]
+        assert emulator_bytes(built) <= whole / 2
+        lost = []
+        for block in built.blocks:
+            for path, linear in dense_linears(context.block(block.origin)):
+                new, weight = block.module.get_submodule(path), linear_weight(linear).detach().double()
+                stands = product(new) if isinstance(new, LowRankLinear) else linear_weight(new).double()
+                lost.append(float((stands - weight).square().sum() / weight.square().sum()))
+        worst.append(max(lost))
+    assert worst[1] < 0.8 * worst[0]
+
+
+def test_what_is_not_cut_is_not_moved(pico_llama: nn.Module, context_of: MakeContext) -> None:
+    context = context_of(pico_llama, calibration=())
+    for mode in ("prox", "train"):
+        built = Smooth(1.0, mode, lam=0.1).compress(start(context), context)  # type: ignore[arg-type]
+        for block in built.blocks:
+            assert block.module is not context.block(block.origin)
+            theirs = context.block(block.origin).state_dict()
+            assert all(torch.equal(tensor, theirs[name]) for name, tensor in block.module.state_dict().items())
+        assert built.notes == ()
+
+
+def test_no_text_is_needed_unless_it_is_asked_for(pico_llama: nn.Module, context_of: MakeContext) -> None:
+    context = context_of(pico_llama, calibration=())
+    Smooth().compress(start(context), context)
+    for method, match in (
+        (Smooth(weighted=True), "weighted=true needs calibration text"),
+        (Smooth(mode="train"), "mode=train needs calibration text"),
+    ):
+        with pytest.raises(EmulatorError, match=match):
+            method.compress(start(context), context)
+
+
+def test_budgets_in_bytes(pico_llama: nn.Module, context_of: MakeContext) -> None:
+    context = context_of(pico_llama)
+    built = Smooth(bytes="70000", rank="energy").compress(start(context), context)
+    assert built.notes == () and 0 <= 70_000 - emulator_bytes(built) < TOLERANCE * emulator_bytes(start(context))
+    tiny = Smooth(bytes="1KB").compress(start(context), context)
+    assert "ranks are whole" in tiny.notes[0]
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"keep": 0.0}, "keep"),
+        ({"lam": -1.0}, "lam = -1.0 can't be negative"),
+        ({"mode": "fast"}, "mode"),
+        ({"attention": "d1"}, "attention=d1 can't be had in one shot.*fixed order"),
+        ({"attention": "d2"}, "use attention=nuc, or mode=train"),
+        ({"norm": "l1"}, "norm=l1 has no closed form"),
+        ({"mode": "train", "weighted": True}, "weighted=true"),
+        ({"mode": "train", "steps": 0}, "steps"),
+        ({"mode": "train", "eval_every": 0}, "eval_every"),
+        ({"mode": "train", "lr": 0.0}, "lr"),
+        ({"mode": "train", "w_kd": -1.0}, "w_kd"),
+        ({"mode": "train", "w_lm": 0.0, "w_kd": 0.0}, "both 0"),
+    ],
+)
+def test_settings_are_checked(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        Smooth(**options)
+
+
+def test_defaults_by_mode() -> None:
+    """methods.md 5.4: in one shot nuc on attention and d2 on the MLP."""
+    prox, train = Smooth(), Smooth(mode="train")
+    assert (prox.rules.attention, prox.rules.mlp, prox.rules.anywhere) == ("nuc", "d2", False)
+    assert (train.rules.mlp, train.rules.anywhere) == ("nuc", True)
+    assert all(method.strength in (1e-4, 1e-3, 1e-2) for method in (prox, train))
+    assert Smooth(lam=0.0).strength == 0
+
+
+# What comes in
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "layer-drop:keep=3+smooth:keep=0.5",
+        "smooth:keep=0.5+quantize:bits=8",
+        "smooth:keep=0.5+smooth:keep=0.9",
+        "layer-drop:keep=2+smooth:mode=train,steps=2,eval-every=2+quantize:bits=8",
+        "prune:keep=0.7+smooth:keep=0.5,lam=0.1",
+    ],
+)
+def test_chains(spec: str, pico_llama: nn.Module, context_of: MakeContext) -> None:
+    context = context_of(pico_llama)
+    built = parse_emulator(spec).compress(start(context), context)
+    assert bool(torch.isfinite(logits(built, context)).all())
+
+
+def test_shared_blocks_are_cut_once(pico_llama: nn.Module, context_of: MakeContext) -> None:
+    context = context_of(pico_llama)
+    given = Emulator([EmulatorBlock(context.block(i), i) for i in (1, 4)], {1: 0, 3: 0, 4: 1})
+    for method in (Smooth(weighted=True), Smooth(mode="train", steps=2, eval_every=2)):
+        built = method.compress(given, context)
+        assert built.layout == given.layout and [b.origin for b in built.blocks] == [1, 4]
+        assert bool(torch.isfinite(logits(built, context)).all())
+
+
+def test_packed_linears_stay_in_one_shot_and_are_refused_in_training(
+    pico_llama: nn.Module, context_of: MakeContext
+) -> None:
+    context = context_of(pico_llama)
+    packed = parse_emulator("quantize:bits=8").compress(start(context), context)
+    again = Smooth().compress(packed, context)
+    assert all(torch.equal(a, b) for a, b in zip(packed.at(2).buffers(), again.at(2).buffers(), strict=True))
+    assert "what isn't a dense linear stays" in again.notes[0]
+    with pytest.raises(EmulatorError, match="put quantize last, as in 'smooth"):
+        Smooth(mode="train").compress(packed, context)
+    factors = LowRank(mode="plain").compress(start(context), context)
+    with pytest.raises(EmulatorError, match="no dense linear is left to cut"):
+        Smooth(mode="train").compress(factors, context)
+
+
+def test_blocks_without_free_channels_are_named(pico_llama: nn.Module, context_of: MakeContext) -> None:
+    """With down in two factors already, gate and up write channels that no dense linear reads."""
+    context = context_of(pico_llama)
+    first = LowRank(0.9, "plain", targets=("down_proj",)).compress(start(context), context)
+    built = Smooth(0.5).compress(first, context)
+    assert "no MLP channels whose order is free in 4 of 4 blocks" in built.notes[0]
+    assert all("free" not in note for note in Smooth(0.5, mlp="nuc").compress(first, context).notes)
+
+
+def test_progress_is_shown_when_asked_for(
+    pico_llama: nn.Module, context_of: MakeContext, capsys: pytest.CaptureFixture[str]
+) -> None:
+    context = context_of(pico_llama)
+    Smooth().compress(start(context), context)
+    assert capsys.readouterr().out == ""
+    context = context_of(pico_llama, progress=True)
+    Smooth(rank="energy").compress(start(context), context)
+    Smooth(weighted=True, mlp="nuc").compress(start(context), context)
+    Smooth(mode="train", steps=2, eval_every=2).compress(start(context), context)
+    out = capsys.readouterr().out
+    assert all(part in out for part in ("smooth: reorder", "smooth: spectra", "smooth prox", "2/2"))
+
+
+# A vision model
+
+
+def vision_model() -> nn.Module:
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=64,
+        image_size=16,
+        patch_size=4,
+        num_labels=5,
+        initializer_range=0.2,
+    )
+    return ViTForImageClassification(config).eval()
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.05])
+def test_the_blocks_of_a_vision_model(lam: float) -> None:
+    """The same parts of the method on a ViT's block: channels found, reordered without a trace, smoothed and cut."""
+    model = vision_model()
+    block = copy.deepcopy(block_list(model, find_blocks(model))[1])
+    hidden = torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(1))
+    plan = plan_block(block, hidden, BlockCall(), lambda x: x.reshape(-1, x.shape[-1]))
+    (chain,) = find_chains(block, hidden, BlockCall(), plan)
+    assert chain.width == 64
+    with torch.no_grad():
+        before = block(hidden)
+        reorder_channels(block, chain, ("out",))
+        assert_close(block(hidden), before, rtol=1e-4, atol=1e-5)
+        penalties = choose_penalties(block, (chain,), Smooth(lam=lam).rules)
+        assert penalties[chain.readers[0]].kind == "d2" and len(penalties) == 6
+        for path, linear in list(dense_linears(block)):
+            full = min(linear_weight(linear).shape)
+            cut_to(block, path, proximal(linear_weight(linear).detach(), penalties[path], lam), full)
+        error = float((block(hidden) - before).norm() / before.norm())
+    assert error < 1e-4 if lam == 0 else 0.01 < error < 0.5
+
+
+def test_a_vision_model_in_one_shot() -> None:
+    """By the nuclear norm alone nothing has to run, so a model without text is compressed as any other."""
+    model = vision_model()
+    blocks = find_blocks(model)
+    context = Context(model, blocks, (0, 3), (1, 2))
+    built = Smooth(0.7, mlp="nuc", rank="energy", lam=0.0).compress(start(context), context)
+    given = emulator_bytes(start(context))
+    assert built.notes == () and abs(emulator_bytes(built) - 0.7 * given) <= TOLERANCE * given
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        full = model(pixel_values=images).logits
+        for position in (1, 2):
+            block_list(model, blocks)[position] = built.at(position)
+        emulated = model(pixel_values=images).logits
+    assert 0 < float((emulated - full).norm()) < float(full.norm())
