@@ -40,6 +40,7 @@ class Budget:
             number = Decimal(text.removesuffix("%"))
         except InvalidOperation:
             return cls(bytes=_size(text))
+        check(number.is_finite(), f"budget {text!r} can't be read; {_WRITE}")
         # Decimal: 33.3 % should read keep=0.333 in a spec.
         return cls(share=float(number / 100 if text.endswith("%") else number))
 

@@ -130,7 +130,8 @@ def _frame(
         (across, x, [0.0], 34.0, axes.set_xlim, axes.set_xticks),
         (up, y, list(levels), 15.0, axes.set_ylim, axes.set_yticks),
     ):
-        ends = [end for s in several for end in _ends(s)] + extra
+        # By the means: the deviations of a candidate that hangs on its seed would push all others into a corner.
+        ends = [s.mean for s in several] + extra
         low, high = scale.bend(min(ends)), scale.bend(max(ends))
         pad = 0.07 * ((high - low) or 1.0)
         low, high = low - pad, high + pad

@@ -50,7 +50,7 @@ def recommend(
 
     With tuning: the best plug-in among those that protect or, if none of these gains, whose gap at least is clear; one
     that gains nothing on the untuned model is never taken. Without: the best gradient among those that are worse than
-    the full model on public text.
+    the full model on public text by more than 0.02 nats.
 
     Args:
         standings: ranked candidates.
@@ -109,16 +109,16 @@ def _by_gradient(fitting: Sequence[Standing], within: str, public_loss: float) -
     lossy = [s for s in fitting if s.verdict == "worse than the full model"]
     if not lossy:
         return _nothing(
-            f"{_none_of(len(fitting))} {within} is worse than the full model on public text (loss {public_loss:.3f}), "
-            "so to hand it out gives the model away"
+            f"{_none_of(len(fitting))} {within} is clearly worse than the full model on public text (loss "
+            f"{public_loss:.3f}), so to hand it out gives the model away"
         )
     best, count = lossy[0], len(lossy)
     among = f"It keeps the adapter's gradient best of the {count} candidates" if count > 1 else "It is the only one"
     numbers = f"cosine {shown(best.cosine)}, loss {shown(best.public_loss)} against {public_loss:.3f}"
     return Recommendation(
         best,
-        f"{among} {within} whose emulator is worse than the full model on public text ({numbers}); nothing was tuned, "
-        "so what its plug-in gains isn't known, which data would show.",
+        f"{among} {within} whose emulator is clearly worse than the full model on public text ({numbers}); nothing was "
+        "tuned, so what its plug-in gains isn't known, which data would show.",
     )
 
 

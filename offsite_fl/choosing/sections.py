@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
 
 from offsite_fl.choosing.choice import Choice
-from offsite_fl.choosing.over_seeds import OverSeeds, part, percent, shown
+from offsite_fl.choosing.over_seeds import OverSeeds, part, shown
 from offsite_fl.choosing.standing import Standing, Verdict
-from offsite_fl.choosing.table import reference_lines
+from offsite_fl.choosing.table import columns_of, reference_lines
 from offsite_fl.evaluation.markup import Markup, definitions, duration, join, plain, safe, section, table, tag
 from offsite_fl.evaluation.rows import significant
 from offsite_fl.sizes import human_bytes
@@ -23,6 +22,10 @@ CHIPS: dict[Verdict, str] = {
     "failed": "chip",
 }
 
+# Other tables have these, so that the one of results is narrow enough for the deviations.
+ELSEWHERE = {"bytes", "verbatim", "FLOPs"}
+ELSEWHERE_IF_TUNED = {"cosine", "public loss"}
+
 
 def _rank(choice: Choice, number: int, standing: Standing) -> Markup:
     return tag("span", f"{number} take" if standing is choice.best else str(number), class_=_take(choice, standing))
@@ -34,44 +37,20 @@ def _take(choice: Choice, standing: Standing) -> str | None:
 
 def results(choice: Choice) -> Markup:
     """What the candidates were compared for, best first, with the references below."""
-    heads, lines = ["", "emulator", "verdict"], []
-    columns = _result_columns(choice)
+    elsewhere = ELSEWHERE | (ELSEWHERE_IF_TUNED if choice.tuned else set())
+    columns = [column for column in columns_of(choice) if column.name not in elsewhere]
+    lines: list[list[object]] = []
     for number, standing in enumerate(choice.standings, start=1):
         chip = tag("span", standing.verdict, class_=CHIPS[standing.verdict])
-        cells = [value for _, value in _result_cells(standing, columns)]
+        cells = [column.text(standing) for column in columns]
         lines.append([_rank(choice, number, standing), tag("code", standing.spec), chip, *cells])
     for name, found in reference_lines(choice):
-        lines.append(["", name, "", *(found.get(column, "") for column in columns)])
-    done = table([*heads, *columns], lines, text_columns=(0, 1, 2))
+        lines.append(["", name, "", *(found.get(column.name, "") for column in columns)])
+    heads = ["", "emulator", "verdict", *(column.name for column in columns)]
+    done = table(heads, lines, text_columns=(0, 1, 2))
     about = "Losses are nats per token" + (" of the test data." if choice.tuned else " of held-out public text.")
     about += " Best first: what protects within the budget, then by " + ("plug-in." if choice.tuned else "cosine.")
     return section("Candidates", about, tag("div", done, class_="card"))
-
-
-def _result_columns(choice: Choice) -> list[str]:
-    if not choice.tuned:
-        return ["cosine", "public loss"]
-    columns = ["lr", "emulator zero-shot", "emulator tuned", "plug-in", "gap", "of adapter"]
-    columns += ["recovered"] if choice.full_fine_tuning is not None else []
-    scaled = any(s.plug_in_scaled is not None for s in choice.standings)
-    return [*columns, "scale", "plug-in scaled"] if scaled else columns
-
-
-def _result_cells(standing: Standing, columns: Sequence[str]) -> Iterable[tuple[str, str]]:
-    found = {
-        "cosine": shown(standing.cosine),
-        "public loss": shown(standing.public_loss),
-        "lr": ", ".join(dict.fromkeys(f"{rate:g}" for rate in standing.rates)),
-        "emulator zero-shot": shown(standing.emulator_zero_shot),
-        "emulator tuned": shown(standing.emulator_tuned),
-        "plug-in": shown(standing.plug_in),
-        "gap": shown(standing.gap),
-        "of adapter": percent(standing.of_adapter),
-        "recovered": percent(standing.recovered),
-        "scale": "" if standing.scale is None else f"{standing.scale.mean:.3g}",
-        "plug-in scaled": shown(standing.plug_in_scaled),
-    }
-    return [(name, found[name]) for name in columns]
 
 
 def _measured(choice: Choice) -> list[tuple[int, Standing]]:

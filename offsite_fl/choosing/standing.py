@@ -22,7 +22,8 @@ Verdict = Literal[
     "over budget",
     "failed",
 ]
-# With one seed there is no standard error, so a gap must be larger than what seeds usually make of it.
+# With one seed there is no standard error, so a gap must be larger than what seeds usually make of it. On public text
+# the same keeps emulators out that are the full model but for rounding.
 CLEAR_NATS = 0.02
 CLEAR_ERRORS = 2.0
 
@@ -118,8 +119,7 @@ def standing_of(cells: Sequence[Cell], reference: Reference, budget: Budget) -> 
     public_margin = _over_seeds(public, lambda p: p.emulator_loss - p.full_loss)
     over = size > allowed + TOLERANCE * middle
     plug_in = _both(good, lambda t: t.plug_in)
-    diverged = plug_in is not None and not math.isfinite(plug_in.mean)
-    errors += ("the plug-in's loss isn't a finite number",) if diverged else ()
+    errors += tuple(f"{what} isn't a finite number" for what in _not_finite(good))
     return Standing(
         candidate=first.candidate,
         spec=first.spec,
@@ -148,7 +148,7 @@ def standing_of(cells: Sequence[Cell], reference: Reference, budget: Budget) -> 
 def judge(gap: OverSeeds | None, margin: OverSeeds | None, public_margin: OverSeeds) -> Verdict:
     """What a candidate within the budget is, from its gap and margin or, where nothing was tuned, on public text."""
     if gap is None or margin is None:
-        return "worse than the full model" if public_margin.mean > 0 else "as good as the full model"
+        return "worse than the full model" if public_margin.mean > CLEAR_NATS else "as good as the full model"
     if not is_clear(gap):
         return "gap not clear"
     return "gives the model away" if margin.mean < 0 else "protects"
@@ -158,6 +158,16 @@ def is_clear(gap: OverSeeds) -> bool:
     """Whether a gap is clearly above 0: by two standard errors over seeds, or with one seed by 0.02 nats."""
     error = gap.standard_error
     return gap.mean > (CLEAR_NATS if error is None else max(0.0, CLEAR_ERRORS * error))
+
+
+def _not_finite(cells: Sequence[Cell]) -> list[str]:
+    """Losses without which a candidate can't be judged and that aren't numbers; one that was kept on disk is None."""
+    losses: dict[str, list[float | None]] = {
+        "the emulator's loss on public text": [c.public.emulator_loss for c in cells if c.public is not None],
+        "the tuned emulator's loss": [c.tuned.emulator_tuned for c in cells if c.tuned is not None],
+        "the plug-in's loss": [c.tuned.plug_in for c in cells if c.tuned is not None],
+    }
+    return [what for what, several in losses.items() if not all(v is not None and math.isfinite(v) for v in several)]
 
 
 def _errors(cells: Sequence[Cell]) -> tuple[str, ...]:

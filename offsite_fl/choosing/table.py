@@ -12,7 +12,7 @@ from rich.text import Text
 
 from offsite_fl.choosing.choice import Choice
 from offsite_fl.choosing.over_seeds import OverSeeds, part, percent, shown
-from offsite_fl.choosing.standing import Standing
+from offsite_fl.choosing.standing import Standing, Verdict
 
 UNCOMPRESSED, FULL = "uncompressed", "full fine-tuning"
 _OVER_SEEDS = (
@@ -45,6 +45,15 @@ _PLAIN = (
 )
 
 
+# Verdicts where there is little room.
+BRIEF: dict[Verdict, str] = {
+    "gives the model away": "gives it away",
+    "gap not clear": "unclear gap",
+    "worse than the full model": "lossy",
+    "as good as the full model": "not lossy",
+}
+
+
 @dataclass(frozen=True)
 class Column:
     """A column that people read; ``reference`` is what stands there for the uncompressed middle."""
@@ -68,17 +77,25 @@ COLUMNS = (
     Column("gap", lambda s: shown(s.gap), tuned=True),
     Column("of adapter", lambda s: percent(s.of_adapter), tuned=True),
     Column("recovered", lambda s: percent(s.recovered), tuned=True, brief=False),
+    Column("scale", lambda s: "" if s.scale is None else f"{s.scale.mean:.3g}", tuned=True, brief=False),
+    Column("plug-in scaled", lambda s: shown(s.plug_in_scaled), tuned=True, brief=False),
 )
 
 
 def columns_of(choice: Choice, brief: bool = False) -> tuple[Column, ...]:
     """The columns that this choice has something to say in; ``brief`` for a narrow place."""
-    shown = [c for c in COLUMNS if (choice.tuned or not c.tuned) and (c.brief or not brief)]
-    if choice.full_fine_tuning is None:
-        shown = [c for c in shown if c.name != "recovered"]
-    if brief and not choice.tuned:
-        shown.append(next(c for c in COLUMNS if c.name == "public loss"))
-    return tuple(shown)
+    silent = set() if choice.full_fine_tuning is not None else {"recovered"}
+    if all(standing.plug_in_scaled is None for standing in choice.standings):
+        silent |= {"scale", "plug-in scaled"}
+    # Where nothing was tuned the loss on public text is all that tells of protection.
+    needed = set() if choice.tuned else {"public loss"}
+    return tuple(
+        column
+        for column in COLUMNS
+        if column.name not in silent
+        and (choice.tuned or not column.tuned)
+        and (column.brief or not brief or column.name in needed)
+    )
 
 
 def reference_lines(choice: Choice) -> list[tuple[str, dict[str, str]]]:
@@ -104,11 +121,11 @@ def rich_table(choice: Choice) -> Table:
     table.add_column("emulator", overflow="fold", min_width=16)
     for column in columns:
         table.add_column(column.name, justify="right")
-    table.add_column("verdict", min_width=9)
+    table.add_column("verdict", min_width=12)
     for rank, standing in enumerate(choice.standings, start=1):
         cells = [Text(column.text(standing)) for column in columns]
-        style = "bold green" if standing is choice.best else ""
-        table.add_row(str(rank), Text(standing.spec), *cells, standing.verdict, style=style)
+        word, style = BRIEF.get(standing.verdict, standing.verdict), "bold green" if standing is choice.best else ""
+        table.add_row(str(rank), Text(standing.spec), *cells, word, style=style)
     for name, found in reference_lines(choice):
         table.add_row("", name, *(found.get(column.name, "") for column in columns), "", style="dim")
     return table

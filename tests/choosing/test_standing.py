@@ -59,6 +59,14 @@ def test_verdicts_of_one_seed(tuned: tuple[float, float], verdict: str) -> None:
     assert stand(cell(tuned=tuned)).verdict == verdict
 
 
+@pytest.mark.parametrize("tuned", [(math.nan, 3.5), (4.5, math.nan)])
+def test_what_diverged_failed(tuned: tuple[float, float]) -> None:
+    """Before and after a resume, which reads null for a number that isn't finite."""
+    made = cell(tuned=tuned)
+    for found in (stand(made), stand(Cell.from_dict(made.to_dict()))):
+        assert found.verdict == "failed" and found.errors
+
+
 def test_a_gap_within_the_noise_of_seeds_is_not_clear() -> None:
     """Gaps 0.5 and -0.3: mean 0.1, standard error 0.4."""
     cells = [cell(seed=0, tuned=(4.5, 4.0)), cell(seed=1, tuned=(4.2, 4.5))]
@@ -142,7 +150,7 @@ def test_budgets(text: str | float, budget: Budget) -> None:
     assert Budget.parse(text) == budget
 
 
-@pytest.mark.parametrize("text", ["0", "1.5", "150%", "-3%", "much", "40", "0MB"])
+@pytest.mark.parametrize("text", ["0", "1.5", "150%", "-3%", "much", "40", "0MB", "snan", "nan%", "inf"])
 def test_what_is_no_budget(text: str) -> None:
     with pytest.raises(ConfigError, match="budget"):
         Budget.parse(text)
