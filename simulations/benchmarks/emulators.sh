@@ -4,7 +4,7 @@
 # From the repository root, in the environment of `make venv`:
 #
 #     sh simulations/benchmarks/emulators.sh all        # every training-free method, one seed: half an hour on 2 cores
-#     sh simulations/benchmarks/emulators.sh few        # some of them with three seeds, without full fine-tuning
+#     sh simulations/benchmarks/emulators.sh few        # the two best with three seeds, without full fine-tuning
 #     sh simulations/benchmarks/emulators.sh trained    # the methods that train, one seed: hours
 set -eu
 default="low-rank:keep=0.975,targets=q_proj/k_proj/v_proj/o_proj+quantize:bits=4,group=0"
@@ -19,7 +19,7 @@ all)
     ;;
 few)
     seeds=3 full=
-    set -- "quantize:bits=4,group=0" "quantize:bits=4,group=64" "$default" "gradot:{keep}" "random:{keep}"
+    set -- "quantize:bits=4,group=0" "quantize:bits=4,group=64"
     ;;
 trained)
     seeds=1 full=--full-fine-tuning
