@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import hashlib
 import json
 import shutil
@@ -100,8 +99,6 @@ class Comparison:
             if not isinstance(error, OffsiteError):
                 self._keep_traceback(blank)
             return dataclasses.replace(blank, error=_reason(error))
-        finally:
-            gc.collect()
 
     def _numbers(self, blank: Cell, method: EmulatorMethod | None) -> Cell:
         if blank.role == "full-fine-tuning":

@@ -205,7 +205,8 @@ def _number(axes: Axes, dots: Sequence[Dot], areas: Sequence[float], choice: Cho
     ]
     ring = [130.0 if d.standing is choice.best else 0.0 for d in dots]
     radii = [math.sqrt((area + more) / math.pi) for area, more in zip(areas, ring, strict=True)]
-    for dot, offset in zip(dots, place_labels(points, radii, width, height), strict=True):
+    bars = len(choice.settings.seeds) > 1
+    for dot, offset in zip(dots, place_labels(points, radii, width, height, bars), strict=True):
         axes.annotate(
             str(dot.number),
             (NATS.bend(dot.x.mean), up.bend(dot.y.mean)),

@@ -12,11 +12,13 @@ _RINGS = (0.0, 6.0, 12.0, 20.0, 30.0)
 _SIDES = 12
 
 
-def place_labels(points: Sequence[Point], radii: Sequence[float], width: float, height: float) -> list[Point]:
+def place_labels(
+    points: Sequence[Point], radii: Sequence[float], width: float, height: float, bars: bool = False
+) -> list[Point]:
     """For each point, inside a frame of ``width`` x ``height``, the offset of its label; all in typographic points.
 
     Each label takes the nearest place of those around its point that overlaps least with all points, with the labels
-    before it and with the frame.
+    before it and with the frame; with ``bars`` also with the lines that go through its point up, down and sideways.
     """
     placed: list[Point] = []
     offsets: list[Point] = []
@@ -25,6 +27,7 @@ def place_labels(points: Sequence[Point], radii: Sequence[float], width: float, 
         for dx, dy in _places(radii[index]):
             spot = (x + dx, y + dy)
             cost = _overlap(spot, points, radii, placed) + _outside(spot, width, height) + 0.02 * math.hypot(dx, dy)
+            cost += 1.0 if bars and (abs(dx) < HALF_WIDTH or abs(dy) < HALF_HEIGHT) else 0.0
             if best is None or cost < best[0] - 1e-9:
                 best = (cost, (dx, dy))
         assert best is not None

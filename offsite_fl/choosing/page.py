@@ -16,7 +16,8 @@ STYLE = """
 code { font: .86em/1.45 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
 td code { word-break: break-all; } h1 code { font-size: .8em; font-weight: 600; letter-spacing: 0; }
 .card table { font-size: .89rem; } table .chip { font-size: .78rem; margin: 0; }
-td.free { min-width: 9rem; } tr > th:first-child { white-space: nowrap; padding-right: .7rem; }
+td.free { min-width: 9rem; } td.free:nth-child(2) { min-width: 11rem; }
+tr > th:first-child { white-space: nowrap; padding-right: .7rem; }
 td .meter { min-width: 3.4rem; margin-top: .2rem; } .meter i { background: var(--plug); min-width: 0; }
 .note { display: block; color: var(--muted); font-size: .82rem; }
 .take { color: var(--good); font-weight: 650; }

@@ -42,15 +42,21 @@ def results(choice: Choice) -> Markup:
     lines: list[list[object]] = []
     for number, standing in enumerate(choice.standings, start=1):
         chip = tag("span", standing.verdict, class_=CHIPS[standing.verdict])
-        cells = [column.text(standing) for column in columns]
+        cells = [_stacked(column.text(standing)) for column in columns]
         lines.append([_rank(choice, number, standing), tag("code", standing.spec), chip, *cells])
     for name, found in reference_lines(choice):
-        lines.append(["", name, "", *(found.get(column.name, "") for column in columns)])
+        lines.append(["", name, "", *(_stacked(found.get(column.name, "")) for column in columns)])
     heads = ["", "emulator", "verdict", *(column.name for column in columns)]
     done = table(heads, lines, text_columns=(0, 1, 2))
     about = "Losses are nats per token" + (" of the test data." if choice.tuned else " of held-out public text.")
     about += " Best first: what protects within the budget, then by " + ("plug-in." if choice.tuned else "cosine.")
     return section("Candidates", about, tag("div", done, class_="card"))
+
+
+def _stacked(text: str) -> Markup:
+    """A mean with its deviation below, so that many columns fit."""
+    mean, _, deviation = text.partition(" ± ")
+    return join((safe(mean), tag("span", f"± {deviation}", class_="note") if deviation else Markup()))
 
 
 def _measured(choice: Choice) -> list[tuple[int, Standing]]:
@@ -74,7 +80,7 @@ def costs(choice: Choice) -> Markup:
                 duration(standing.build_seconds or 0.0),
                 peak,
                 "" if standing.hidden_error is None else significant(standing.hidden_error.mean),
-                shown(standing.public_loss),
+                _stacked(shown(standing.public_loss)),
             ]
         )
     if not lines:

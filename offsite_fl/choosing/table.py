@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -45,12 +46,16 @@ _PLAIN = (
 )
 
 
+# From so many columns of a terminal on there is room for all that isn't brief, and what is left out below that.
+WIDE = 120
+NOT_NARROW = ("verbatim", "cosine")
 # Verdicts where there is little room.
 BRIEF: dict[Verdict, str] = {
-    "gives the model away": "gives it away",
-    "gap not clear": "unclear gap",
+    "gives the model away": "gives away",
+    "gap not clear": "unclear",
     "worse than the full model": "lossy",
     "as good as the full model": "not lossy",
+    "over budget": "too large",
 }
 
 
@@ -113,22 +118,32 @@ def reference_lines(choice: Choice) -> list[tuple[str, dict[str, str]]]:
     return lines
 
 
-def rich_table(choice: Choice) -> Table:
-    """The candidates for the terminal, best first; the recommended one is bold."""
-    columns = columns_of(choice, brief=True)
+def rich_table(choice: Choice, width: int = 80) -> Table:
+    """The candidates for a terminal of ``width`` columns, best first; the recommended one is bold.
+
+    Where there is little room means stand without their deviations, which the files have.
+    """
+    wide = width >= WIDE
+    columns = [c for c in columns_of(choice, brief=True) if wide or not choice.tuned or c.name not in NOT_NARROW]
     table = Table(title=f"Emulators within {choice.settings.budget} of the middle", title_justify="left")
+    if not wide:
+        table.box, table.padding, table.pad_edge = box.SIMPLE_HEAD, (0, 0), False
     table.add_column("#", justify="right")
     table.add_column("emulator", overflow="fold", min_width=16)
     for column in columns:
         table.add_column(column.name, justify="right")
-    table.add_column("verdict", min_width=12)
+    table.add_column("verdict", no_wrap=True)
     for rank, standing in enumerate(choice.standings, start=1):
-        cells = [Text(column.text(standing)) for column in columns]
         word, style = BRIEF.get(standing.verdict, standing.verdict), "bold green" if standing is choice.best else ""
-        table.add_row(str(rank), Text(standing.spec), *cells, word, style=style)
+        cells = [column.text(standing) for column in columns]
+        table.add_row(str(rank), Text(standing.spec), *(_fit(cell, wide) for cell in cells), word, style=style)
     for name, found in reference_lines(choice):
-        table.add_row("", name, *(found.get(column.name, "") for column in columns), "", style="dim")
+        table.add_row("", name, *(_fit(found.get(c.name, ""), wide) for c in columns), "", style="dim")
     return table
+
+
+def _fit(text: str, wide: bool) -> Text:
+    return Text(text if wide else text.partition(" ± ")[0])
 
 
 def to_markdown(choice: Choice) -> str:

@@ -126,7 +126,7 @@ def _print(choice: Choice, model: str) -> None:
     from offsite_fl.choosing.table import rich_table
 
     console = result()
-    console.print(rich_table(choice))
+    console.print(rich_table(choice, console.width))
     for standing in choice.standings:
         for error in standing.errors:
             console.print(line(f"failed: {standing.spec}: {error}"), style="yellow", soft_wrap=True)

@@ -49,6 +49,7 @@ def test_every_default_parses_and_every_method_is_among_them() -> None:
         method = parse_emulator(fill(candidate, half))
         named |= {part.name for part in (method.methods if isinstance(method, Chain) else (method,))}
     assert named == set(METHODS)
+    assert len(set(DEFAULTS)) == len(DEFAULTS)
 
 
 def test_candidates_that_come_to_the_same_count_once() -> None:

@@ -132,6 +132,20 @@ def test_without_data_the_gradient_decides() -> None:
     assert said.best is not None and said.best.spec == "good" and "cosine 0.700" in said.why
 
 
+@pytest.mark.parametrize(
+    ("public_loss", "verdict"),
+    [
+        (3.5, "worse than the full model"),
+        (3.01, "as good as the full model"),  # what rounding does is no protection
+        (2.9, "as good as the full model"),
+    ],
+)
+def test_verdicts_without_data(public_loss: float, verdict: str) -> None:
+    reference = Reference.of([cell("uncompressed", role="uncompressed", tuned=None)])
+    found = standing_of([cell(public_loss=public_loss, tuned=None)], reference, HALF)
+    assert found.verdict == verdict and found.plug_in is None and found.of_adapter is None
+
+
 def test_of_several_numbers() -> None:
     assert OverSeeds.of([2.0]) == OverSeeds(2.0, None, (2.0,))
     assert OverSeeds.of([1.0, 2.0, 3.0]).std == 1.0

@@ -41,3 +41,41 @@ def test_what_is_printed(world: World, tmp_path: Path) -> None:
 def test_what_is_wrong_is_told(world: World, tmp_path: Path, more: tuple[str, ...], message: str) -> None:
     given = ("choose", world.model, "--calibration", world.text, "--out", tmp_path / "choice")
     assert message in error_of(*given, "--block-size", 16, *more)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--seeds", "0"),
+        ("--seeds", "many"),
+        ("--seeds", "1,-2"),
+        ("--split", "1-1", "--first", "1"),
+        ("--set", "max-steps"),
+    ],
+)
+def test_usage_errors(world: World, tmp_path: Path, more: tuple[str, ...]) -> None:
+    given = ("choose", world.model, "--calibration", world.text, "--out", tmp_path / "choice")
+    assert not run_cli(*given, *more, code=2).stdout
+
+
+@pytest.mark.parametrize(("text", "seeds"), [("2", [0, 1]), ("7,3", [7, 3]), ("5,", [5])])
+def test_seeds_splits_and_settings(world: World, tmp_path: Path, text: str, seeds: list[int]) -> None:
+    """Without an option the tuning of the page is the default's, and ``--set`` reaches what has no option."""
+    told = run_json(
+        *("choose", world.model, "--calibration", world.text, "--data", world.text, "--out", tmp_path / "choice"),
+        *("--block-size", 16, "--set", "max-steps=1", "--set", "weight-decay=0.1", "--split", "at=0,5"),
+        *("--seeds", text, "--budget", "3KB", "--candidate", "prune:{keep},mode=structured"),
+    )
+    settings = told["settings"]
+    assert settings["seeds"] == seeds and settings["split"] == "at=0,5" and settings["model"] == "model"
+    assert settings["tune.max-steps"] == 1 and settings["tune.weight-decay"] == 0.1
+    assert settings["tune.batch-size"] == 8 and settings["rates"] == [5e-4] and settings["tune.schedule"] == "cosine"
+    assert told["candidates"][0]["spec"].startswith("prune:bytes=3072") and told["budget_bytes"] == 3072
+
+
+def test_an_adapter_spread_over_the_blocks(world: World, tmp_path: Path) -> None:
+    told = run_json(
+        *("choose", world.model, "--calibration", world.text, "--out", tmp_path / "choice", "--block-size", 16),
+        *("--split", "spread=4/2", "--candidate", "quantize:bits=8,group=16"),
+    )
+    assert told["settings"]["split"].startswith("at=") and told["candidates"][0]["verdict"] != "failed"
