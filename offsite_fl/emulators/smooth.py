@@ -46,7 +46,8 @@ class Smooth(BudgetedMethod):
     * ``prox`` (ours; needs no text): ``argmin 1/2 ||W - W0||^2 + lam R(W)``, in closed form. Differences are taken only
       where the order of channels is free, after ``reorder`` has put an MLP's channels in an order in which neighbours
       are alike (greedy nearest neighbour), which leaves what the block computes as it is. Other linears of the MLP get
-      the nuclear norm. Attention has no free order here: dims inside its heads could be reordered too, but aren't.
+      the nuclear norm. Attention has no free order here: dims inside its heads (value with output, query with key in
+      rotary pairs) could be reordered too, but aren't.
       ``weighted`` takes ``W C^1/2`` with C = E[x x'] of the full model's inputs, which needs text. By itself a plain
       truncation is nearest to W0, so a small ``lam`` is what this mode wants.
     * ``train`` (the paper's): ``w_lm * L_LM + w_kd * L_KD + lam(t) * sum R(W)`` over all linears, on calibration text

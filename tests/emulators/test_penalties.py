@@ -41,6 +41,14 @@ def test_no_difference_from_one_run_to_the_next() -> None:
     assert roughness(weight, 2, runs=2).item() == 0
 
 
+def test_runs_count_in_the_normalised_penalty_and_only_along_outputs() -> None:
+    """Rows 1, 1, -1, -1: flat within both runs, one step of 2 without them. Along inputs runs don't matter."""
+    weight = torch.tensor([[1.0], [1.0], [-1.0], [-1.0]])
+    assert Penalty("d1", runs=2).normalised(weight).item() == 0
+    assert Penalty("d1").normalised(weight).item() == pytest.approx(4 / 4)
+    assert Penalty("d1", ("in",), runs=2).normalised(weight.T).item() == pytest.approx(4 / 4)
+
+
 @pytest.mark.parametrize("order", [1, 2])
 def test_the_squares_are_those_of_the_difference_matrix(order: int) -> None:
     weight = random_matrix()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -94,3 +95,45 @@ def test_it_is_smoother_along_what_was_asked_for(dim: Dim, pico_llama: nn.Module
         return length(rows.detach(), range(len(rows)))
 
     assert rough(copied) < 0.9 * rough(block)
+
+
+@pytest.mark.parametrize("dims", [("out",), ("in",), ("out", "in")])
+def test_the_differences_of_a_real_block_never_grow(
+    family: str, dims: tuple[Dim, ...], pico: Callable[..., nn.Module], context_of: MakeContext
+) -> None:
+    """R_1 over all linears of the chain along ``dims``; also from an order that greed would spoil."""
+    block, (chain,), _, _ = watched(context_of(pico(family)), 2)
+
+    def rows_of(module: nn.Module) -> Tensor:
+        parts = [p for path in chain.readers for p in linear_weight(module.get_submodule(path)).chunk(chain.parts)]
+        sides = {"out": parts, "in": [linear_weight(module.get_submodule(chain.writer)).T]}
+        return torch.cat([rows for dim in dims for rows in sides[dim]], dim=1).detach().double()
+
+    def lengths(module: nn.Module) -> tuple[float, float]:
+        before = rows_of(module)
+        reorder_channels(module, chain, dims)
+        after = rows_of(module)
+        assert_close(after.sort(0).values, before.sort(0).values)  # the channels are the same ones
+        return length(before, range(len(before))), length(after, range(len(after)))
+
+    before, after = lengths(copy_structure(block))
+    assert after < before
+    before, after = lengths(copied_with_a_given_order(block, chain))
+    assert after <= before * (1 + 1e-6)
+
+
+def copied_with_a_given_order(block: nn.Module, chain: ChannelChain) -> nn.Module:
+    """A copy with the five points of the test above as its first channels; the others go on in tiny steps."""
+    points = torch.tensor([[4.0, 2.0], [4.0, 5.0], [2.0, 4.0], [0.0, 4.0], [0.0, 3.0]])
+    copied = copy.deepcopy(block)
+    far = torch.arange(chain.width)[:, None]
+    line = points[far[:, 0].clamp(max=4)] + torch.tensor([0.0, -1e-3]) * (far - 4).clamp(min=0)
+    with torch.no_grad():
+        for path in chain.readers:
+            weight = linear_weight(copied.get_submodule(path))
+            weight.zero_()
+            weight[:, :2] = line.repeat(chain.parts, 1)
+        weight = linear_weight(copied.get_submodule(chain.writer))
+        weight.zero_()
+        weight[:2] = line.T
+    return copied

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -210,6 +212,38 @@ def test_budgets_in_bytes(pico_llama: nn.Module, context_of: MakeContext) -> Non
     assert built.notes == () and 0 <= 70_000 - emulator_bytes(built) < TOLERANCE * emulator_bytes(start(context))
     tiny = Smooth(bytes="1KB").compress(start(context), context)
     assert "ranks are whole" in tiny.notes[0]
+
+
+def held(emulator: Emulator) -> int:
+    """Bytes of all tensors, by hand."""
+    return sum(tensor.nbytes for block in emulator.blocks for tensor in block.module.state_dict().values())
+
+
+def most_at_one_share(emulator: Emulator, budget: float) -> int:
+    """The most within ``budget`` at r = floor(share m n / (m + n)) for all, of all shares where an r changes."""
+    shapes = [
+        tuple(linear_weight(linear).shape) for block in emulator.blocks for _, linear in dense_linears(block.module)
+    ]
+    rest = held(emulator) - sum(4 * m * n for m, n in shapes)
+    shares = {Fraction(r * (m + n), m * n) for m, n in shapes for r in range(1, m * n // (m + n) + 1)}
+    sizes = [
+        rest + sum(4 * (m + n) * max(1, share * m * n // (m + n)) for m, n in shapes) for share in shares if share < 1
+    ]
+    return int(max(size for size in sizes if size <= budget))
+
+
+@pytest.mark.parametrize("mode", ["prox", "train"])
+@pytest.mark.parametrize("keep", [0.8, 0.64, 0.5, 0.4, 0.3, 0.15])
+def test_budgets_in_both_modes(keep: float, mode: str, pico_llama: nn.Module, context_of: MakeContext) -> None:
+    """Within 2 % by energy. One share for all has a coarser grain: it takes what fits, and says where it misses."""
+    context = context_of(pico_llama)
+    method, given = Smooth(keep, mode, steps=2, eval_every=2), start(context)  # type: ignore[arg-type]
+    budget, tolerance = keep * held(given), 0.02 * held(given)
+    by_energy = replace(method, rank="energy").compress(given, context)
+    assert 0 <= budget - held(by_energy) < tolerance and by_energy.notes == ()
+    by_share = method.compress(given, context)
+    assert held(by_share) == most_at_one_share(given, budget)
+    assert bool(by_share.notes) == (budget - held(by_share) > tolerance)
 
 
 # Options
