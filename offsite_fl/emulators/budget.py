@@ -8,7 +8,7 @@ packed weight counts as what it takes.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -50,22 +50,40 @@ class BudgetedMethod(EmulatorMethod):
         """Compress to the budget; where it is missed by more than 2 % the result carries a note that says why."""
         budget = self.budget(emulator)
         built = self.reduce(emulator, context, budget)
-        given, held = emulator_bytes(emulator), emulator_bytes(built)
-        if budget is None or abs(held - budget) <= TOLERANCE * given:
-            return built
-        return replace(built, notes=(*built.notes, self._missed(budget / given, held / given)))
+        return built if budget is None else held_against(budget, emulator, built, self.name, self._why_missed())
 
-    def _missed(self, asked: float, held: float) -> str:
-        return missed_note(self.name, asked, held, self.grain)
+    def _why_missed(self) -> str:
+        return self.grain
 
     @abstractmethod
     def reduce(self, emulator: Emulator, context: Context, budget: int | None) -> Emulator:
         """Return an emulator of about ``budget`` bytes; neither ``emulator`` nor the full model is changed."""
 
 
-def missed_note(name: str, asked: float, held: float, why: str = "") -> str:
-    """What an emulator's notes say of a missed budget; ``asked`` and ``held`` are shares of what ``name`` was given."""
-    return f"{name} was asked for {asked:.1%} of the bytes and holds {held:.1%}" + (f": {why}" if why else "")
+def held_against(budget: int, given: Emulator, built: Emulator, name: str, why: str) -> Emulator:
+    """``built``, which method ``name`` made of ``given``, with a note if it misses ``budget`` by more than 2 %."""
+    before, held = emulator_bytes(given), emulator_bytes(built)
+    if abs(held - budget) <= TOLERANCE * before:
+        return built
+    note = f"{name} was asked for {budget / before:.1%} of the bytes and holds {held / before:.1%}"
+    return replace(built, notes=(*built.notes, f"{note}: {why}" if why else note))
+
+
+def largest_share(held: Callable[[float], int], budget: int) -> float:
+    """The largest share from 0 to 1 at which ``held``, which never falls as it grows, is at most ``budget``.
+
+    0 where even that holds too much.
+
+    >>> largest_share(lambda share: int(100 * share), 40) // 0.001
+    409.0
+    """
+    if held(1.0) <= budget:
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if held(middle) <= budget else (low, middle)
+    return low
 
 
 def emulator_bytes(emulator: Emulator) -> int:

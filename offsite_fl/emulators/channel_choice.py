@@ -35,13 +35,5 @@ def channel_candidates(block: nn.Module, chain: ChannelChain, moments: Mapping[s
     return Candidates(tuple(pairs), slopes + (seen.gradient * columns).sum(0))
 
 
-def channel_norms(block: nn.Module, chain: ChannelChain) -> Tensor:
-    """L2 norm of all weights that a channel takes along, [width] fp32."""
-    squares = _weight(block, chain.writer).square().sum(0)
-    for path in chain.readers:
-        squares = squares + _weight(block, path).square().sum(1).view(chain.parts, chain.width).sum(0)
-    return squares.sqrt()
-
-
 def _weight(block: nn.Module, path: str) -> Tensor:
     return linear_weight(block.get_submodule(path)).detach().float()

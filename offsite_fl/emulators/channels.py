@@ -96,6 +96,34 @@ def keep_channels(block: nn.Module, chain: ChannelChain, kept: Tensor) -> None:
     put_linear(block, chain.writer, linear_weight(linear)[:, kept], linear_bias(linear))
 
 
+def channel_bytes(block: nn.Module, chain: ChannelChain) -> int:
+    """Bytes that one channel of ``chain`` takes: its rows and biases in the readers, its column in the writer."""
+    rows = sum(row_bytes(block.get_submodule(path)) for path in chain.readers)
+    return chain.parts * rows + column_bytes(block.get_submodule(chain.writer))
+
+
+def row_bytes(linear: nn.Module) -> int:
+    """Bytes of one output of a linear: its row of the weight and its bias."""
+    weight, bias = linear_weight(linear), linear_bias(linear)
+    return weight.shape[1] * weight.element_size() + (0 if bias is None else bias.element_size())
+
+
+def column_bytes(linear: nn.Module) -> int:
+    """Bytes of one input of a linear: its column of the weight."""
+    weight = linear_weight(linear)
+    return weight.shape[0] * weight.element_size()
+
+
+@torch.no_grad()
+def channel_norms(block: nn.Module, chain: ChannelChain) -> Tensor:
+    """L2 norm of all weights that a channel takes along, [width] fp32: the saliency of FedPFT (arXiv 2404.11536)."""
+    squares = linear_weight(block.get_submodule(chain.writer)).float().square().sum(0)
+    for path in chain.readers:
+        rows = linear_weight(block.get_submodule(path)).float().square().sum(1)
+        squares = squares + rows.view(chain.parts, chain.width).sum(0)
+    return squares.sqrt()
+
+
 def put_linear(block: nn.Module, path: str, weight: Tensor, bias: Tensor | None) -> None:
     """Put an ``nn.Linear`` of copies of ``weight`` [out, in] and ``bias`` in the place of the linear at ``path``."""
     old = block.get_submodule(path)

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from offsite_fl.config import check
 from offsite_fl.emulators.base import Batch, Context, Emulator, EmulatorMethod, register
-from offsite_fl.emulators.distill_state import RunState
 from offsite_fl.emulators.student import Student, Teacher
-from offsite_fl.emulators.training import TrainingRun, hold_out, refuse_quantized, with_values
+from offsite_fl.emulators.training import TrainingRun, hold_out, refuse_packed, with_values
+from offsite_fl.emulators.training_state import RunState
 from offsite_fl.evaluation.loss import evaluate_loss
 
 
@@ -91,7 +91,7 @@ class Distill(EmulatorMethod):
         ``EmulatorError`` without calibration text, with a quantised block, or if the loss stops being a number.
         """
         calibration = context.need_calibration("distill")
-        refuse_quantized(emulator, self.name)
+        refuse_packed(emulator, self.name)
         # The mean training loss asks for no text of its own.
         held = (list(calibration), []) if self.select == "train" else hold_out(calibration, context)
         train, validation = held

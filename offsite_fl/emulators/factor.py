@@ -111,12 +111,20 @@ def cut_linear(
     With ``refit`` the factors fit its inputs, and the weight is first corrected by ``residual``
     (``(Y - X W')' X``, [out, in]). The bias stays, the dtype too.
     """
-    linear = block.get_submodule(path)
-    weight, bias = linear_weight(linear).detach(), linear_bias(linear)
+    weight = linear_weight(block.get_submodule(path)).detach()
     rank = rank_for(keep, *weight.shape)
     if rank is None:
         return
     exact = weight.double()
-    up, down = project(exact, None, rank) if refit is None else refit.factors(exact, residual, rank)
-    new = LowRankLinear.from_factors(up.to(weight.dtype), down.to(weight.dtype), bias)
+    put_factors(block, path, *(project(exact, None, rank) if refit is None else refit.factors(exact, residual, rank)))
+
+
+def put_factors(block: nn.Module, path: str, up: Tensor, down: Tensor) -> None:
+    """Replace the dense linear at ``path`` by the factors ``up`` [out, rank] and ``down`` [rank, in].
+
+    Bias, dtype and mode stay.
+    """
+    linear = block.get_submodule(path)
+    dtype = linear_weight(linear).dtype
+    new = LowRankLinear.from_factors(up.to(dtype), down.to(dtype), linear_bias(linear))
     replace_module(block, path, new.train(linear.training))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from offsite_fl.models.harmonizer import Harmonizer
-from offsite_fl.models.linears import LowRankLinear, QuantizedLinear, is_linear
+from offsite_fl.models.linears import LowRankLinear, QuantizedLinear, is_linear, linear_weight
 from offsite_fl.models.walk import BlockCall, call_block
 
 # More candidates than this for the residual stream's writers means a block of an unknown kind: don't try all subsets.
@@ -58,6 +58,11 @@ def dense_linears(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in block.named_modules():
         if is_linear(module) and not path.startswith(tuple(done)):
             yield path, module
+
+
+def kind_of(block: nn.Module) -> tuple[object, ...]:
+    """What blocks have in common whose linears do the same: their class, and the paths and shapes of dense linears."""
+    return (type(block), *((path, linear_weight(linear).shape) for path, linear in dense_linears(block)))
 
 
 @torch.no_grad()

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from offsite_fl.emulators.base import Batch, Context, Emulator
-from offsite_fl.emulators.distill_state import Checkpoints, RunState, fingerprint
 from offsite_fl.emulators.report import planned_network
 from offsite_fl.emulators.student import REDUCED
 from offsite_fl.emulators.training import shuffled, training_bar
+from offsite_fl.emulators.training_state import Checkpoints, RunState, fingerprint
 from offsite_fl.errors import EmulatorError
 from offsite_fl.evaluation.loss import causal_nll
 from offsite_fl.models.harmonizer import Harmonizer

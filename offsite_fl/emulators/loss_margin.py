@@ -21,7 +21,7 @@ from offsite_fl.emulators.base import Batch, Context, Emulator, EmulatorMethod, 
 from offsite_fl.emulators.gradients import emulator_gradients, full_gradients, match_gradients
 from offsite_fl.emulators.report import emulated_network
 from offsite_fl.emulators.student import evaluating
-from offsite_fl.emulators.training import TrainingRun, hold_out, refuse_quantized, with_values
+from offsite_fl.emulators.training import TrainingRun, hold_out, refuse_packed, with_values
 from offsite_fl.errors import EmulatorError
 from offsite_fl.evaluation.loss import causal_nll, evaluate_loss
 
@@ -77,7 +77,7 @@ class LossMargin(EmulatorMethod):
         ``EmulatorError`` without calibration text, with a quantised block, or if the loss stops being a number.
         """
         calibration = context.need_calibration("loss-margin")
-        refuse_quantized(emulator, self.name)
+        refuse_packed(emulator, self.name)
         train, validation = hold_out(calibration, context, self.name)
         raised = with_values(emulator, _Run(self, emulator, context, train, validation).run())
         note = self._outcome(emulator, raised, context, validation[:COMPARED])

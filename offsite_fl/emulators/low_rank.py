@@ -11,7 +11,7 @@ from torch import nn
 
 from offsite_fl.config import check
 from offsite_fl.emulators.base import Context, Emulator, EmulatorBlock, copy_structure, register
-from offsite_fl.emulators.budget import BudgetedMethod, emulator_bytes
+from offsite_fl.emulators.budget import BudgetedMethod, emulator_bytes, largest_share
 from offsite_fl.emulators.factor import cut_linear, rank_for
 from offsite_fl.emulators.groups import dense_linears
 from offsite_fl.emulators.sequential import LowRankFit, fit_on_full_inputs, fit_sequentially
@@ -93,13 +93,7 @@ def share_within(emulator: Emulator, takes: Callable[[str], bool], budget: int) 
             saved += 0 if rank is None else count * size * (rows * columns - rank * (rows + columns))
         return given - saved
 
-    if budget >= given:
-        return 1.0
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if held(middle) <= budget else (low, middle)
-    return low
+    return largest_share(held, budget)
 
 
 def _plain(block: EmulatorBlock, context: Context, fit: LowRankFit) -> nn.Module:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from offsite_fl.emulators.budget import largest_share
 from offsite_fl.emulators.parts import Part
 
 Counts = dict[Part, int]
@@ -45,13 +46,8 @@ def even_counts(
     def at(share: float) -> Counts:
         return {part: count_at(part, share) for part in free}
 
-    low, high = 0.0, 1.0
-    if held_bytes(at(high)) <= left:
-        low = high
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if held_bytes(at(middle)) <= left else (low, middle)
-    return counts | _filled(at(low), low, left)
+    share = largest_share(lambda share: held_bytes(at(share)), left)
+    return counts | _filled(at(share), share, left)
 
 
 def _filled(counts: Counts, share: float, budget: int) -> Counts:

@@ -6,17 +6,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from fractions import Fraction
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from offsite_fl.emulators.base import Batch, Context, Emulator
-from offsite_fl.emulators.channels import ChannelChain, find_chains
-from offsite_fl.emulators.groups import BlockPlan, dense_linears, plan_block
-from offsite_fl.emulators.streams import TextBatch, read_batches, working_copy
-from offsite_fl.models.linears import linear_bias, linear_weight
-
-# Rows and tokens of the noise that blocks are watched on.
-PROBE = (2, 16)
+from offsite_fl.emulators.base import Context, Emulator
+from offsite_fl.emulators.channels import ChannelChain, channel_bytes
+from offsite_fl.emulators.streams import working_copy
+from offsite_fl.emulators.watching import Watcher
+from offsite_fl.models.linears import linear_weight
 
 
 @dataclass(frozen=True)
@@ -80,33 +76,17 @@ def find_parts(emulator: Emulator, context: Context) -> dict[int, BlockParts]:
     Blocks are watched on noise. What was replaced before isn't dense any more and stays out, and so does a linear that
     runs never or several times.
     """
-    ids = torch.zeros(PROBE, dtype=torch.int64)
-    batch: Batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    (probe,) = read_batches(context, [batch])
+    watcher = Watcher(context)
     first = {slot: position for position, slot in sorted(emulator.layout.items(), reverse=True)}
     found = {}
     for slot, position in sorted(first.items()):
         block = working_copy(emulator.blocks[slot].module, context.device)
-        plan, chains = _watched(block, probe, position)
-        inside = {path for chain in chains for path in chain.paths}
-        matrices = [path for group in plan.groups for path in group if path not in inside]
-        parts = (*(_matrix(block, slot, path) for path in matrices), *(_mlp(block, slot, chain) for chain in chains))
+        seen = watcher.watch(block, position)
+        matrices = [_matrix(block, slot, path) for path in seen.attention]
+        parts = (*matrices, *(_mlp(block, slot, chain) for chain in seen.chains))
         if parts:
-            found[slot] = BlockParts(position, parts, plan.groups)
+            found[slot] = BlockParts(position, parts, seen.plan.groups)
     return found
-
-
-def _watched(block: nn.Module, probe: TextBatch, position: int) -> tuple[BlockPlan, tuple[ChannelChain, ...]]:
-    if not any(dense_linears(block)):
-        return BlockPlan((), (), ()), ()
-    call, noise = probe.calls[position], _noise(probe.entry)
-    plan = plan_block(block, noise, call, probe.rows)
-    return plan, find_chains(block, noise, call, plan)
-
-
-def _noise(like: Tensor) -> Tensor:
-    """A hidden state in which every token is another: attention over equal tokens would look like channels."""
-    return torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
 
 
 def _matrix(block: nn.Module, slot: int, path: str) -> Part:
@@ -117,11 +97,5 @@ def _matrix(block: nn.Module, slot: int, path: str) -> Part:
 
 
 def _mlp(block: nn.Module, slot: int, chain: ChannelChain) -> Part:
-    column = linear_weight(block.get_submodule(chain.writer))
-    unit = column.shape[0] * column.element_size()
-    for path in chain.readers:
-        linear = block.get_submodule(path)
-        weight, bias = linear_weight(linear), linear_bias(linear)
-        row = weight.shape[1] * weight.element_size() + (0 if bias is None else bias.element_size())
-        unit += chain.parts * row
+    unit = channel_bytes(block, chain)
     return Part(slot, chain, chain.width, unit, chain.width * unit)

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from offsite_fl.config import check_choices
 from offsite_fl.emulators.base import Context, Emulator, EmulatorBlock, copy_structure, register
-from offsite_fl.emulators.budget import TOLERANCE, BudgetedMethod, emulator_bytes, missed_note
+from offsite_fl.emulators.budget import TOLERANCE, BudgetedMethod, emulator_bytes
 from offsite_fl.emulators.units import Units, counts_within, find_units, keep_units, saliency
-from offsite_fl.emulators.weights import with_matrices
+from offsite_fl.emulators.weights import refuse_quantized, with_matrices
 from offsite_fl.errors import EmulatorError
-from offsite_fl.models.linears import QuantizedLinear
 
 Mode = Literal["structured", "magnitude"]
 
@@ -79,8 +78,8 @@ class Prune(BudgetedMethod):
         _keep_largest(blocks, units, counts)
         return blocks
 
-    def _missed(self, asked: float, held: float) -> str:
-        return missed_note(self.name, asked, held, _WHY_MISSED[self.mode])
+    def _why_missed(self) -> str:
+        return _WHY_MISSED[self.mode]
 
 
 def zero_smallest(weight: Tensor, keep: float) -> Tensor:
@@ -100,13 +99,7 @@ def zero_smallest(weight: Tensor, keep: float) -> Tensor:
 
 
 def _with_zeros(emulator: Emulator, context: Context, keep: float) -> list[nn.Module]:
-    for number, block in enumerate(emulator.blocks):
-        for path, module in block.module.named_modules():
-            if isinstance(module, QuantizedLinear):
-                raise EmulatorError(
-                    f"prune: {path} of emulator block {number} is quantised, and packed weights can't be pruned; put "
-                    "quantize last, as in 'prune+quantize'"
-                )
+    refuse_quantized(emulator, Prune.name, "packed weights can't be pruned: put quantize last, as in 'prune+quantize'")
     tracked = context.track(emulator.blocks, "prune magnitude", total=len(emulator.blocks))
     return [with_matrices(block.module, lambda weight: zero_smallest(weight, keep)) for block in tracked]
 

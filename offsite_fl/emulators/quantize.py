@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from offsite_fl.config import check, check_choices
 from offsite_fl.emulators.base import Context, Emulator, EmulatorBlock, EmulatorMethod, copy_structure, register
 from offsite_fl.emulators.bit_choice import Stage, spend
-from offsite_fl.emulators.budget import TOLERANCE, emulator_bytes, missed_note, stored_bytes
-from offsite_fl.emulators.weights import with_matrices
+from offsite_fl.emulators.budget import emulator_bytes, held_against, stored_bytes
+from offsite_fl.emulators.weights import refuse_quantized, with_matrices
 from offsite_fl.errors import EmulatorError
 from offsite_fl.models.linears import BITS, QuantizedLinear, linear_weight, named_linears, replace_module
 from offsite_fl.sizes import parse_bytes
@@ -69,8 +69,7 @@ class Quantize(EmulatorMethod):
         ``EmulatorError`` if a block holds a linear that is quantised already, or, unless the mode is legacy-fake, none
         at all.
         """
-        for number, block in enumerate(emulator.blocks):
-            _refuse_quantized(block.module, number)
+        refuse_quantized(emulator, self.name, "name quantize once in a chain")
         if self.mode == "legacy-fake":
             return self._faked(emulator, context)
         budget = self.budget(emulator)
@@ -78,7 +77,9 @@ class Quantize(EmulatorMethod):
             return self._packed(emulator, context, lambda number, path: self.bits)
         chosen = self._choose(emulator, context, budget)
         built = self._packed(emulator, context, lambda number, path: chosen[f"{number}.{path}"])
-        return _noted(built, emulator, budget)
+        least = "4 bits a weight and their scales are the least that a linear takes"
+        why = least if emulator_bytes(built) > budget else "a linear has 4 bits, 8, or stays as it is"
+        return held_against(budget, emulator, built, self.name, why)
 
     def budget(self, emulator: Emulator) -> int | None:
         """Bytes that the result should hold; None without a budget."""
@@ -163,21 +164,3 @@ def _linears(module: nn.Module, block: EmulatorBlock, number: int) -> Iterator[t
         raise EmulatorError(f"quantize: emulator block {number} ({type(module).__name__}) holds no linear")
     for path, linear in linears:
         yield path, linear, f"{path} of emulator block {number} (from block {block.origin} of the full model)"
-
-
-def _noted(built: Emulator, given: Emulator, budget: int) -> Emulator:
-    before, held = emulator_bytes(given), emulator_bytes(built)
-    if abs(held - budget) <= TOLERANCE * before:
-        return built
-    least = "4 bits a weight and their scales are the least that a linear takes"
-    why = least if held > budget else "a linear has 4 bits, 8, or stays as it is"
-    return replace(built, notes=(missed_note("quantize", budget / before, held / before, why),))
-
-
-def _refuse_quantized(block: nn.Module, number: int) -> None:
-    for path, module in block.named_modules():
-        if isinstance(module, QuantizedLinear):
-            raise EmulatorError(
-                f"quantize: {path} of emulator block {number} has {module.bits}-bit weights already; "
-                "name quantize once in a chain"
-            )

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from offsite_fl.emulators.factor import put_factors
 from offsite_fl.emulators.gcs import Candidates
 from offsite_fl.emulators.kfac import Moments
-from offsite_fl.models.linears import LowRankLinear, linear_bias, linear_weight, replace_module
+from offsite_fl.models.linears import linear_weight
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,5 @@ def keep_ranks(block: nn.Module, path: str, directions: Directions, kept: Tensor
 
     Each direction's singular value is split evenly between the factors. Bias, dtype and mode stay.
     """
-    linear = block.get_submodule(path)
-    dtype, roots = linear_weight(linear).dtype, directions.s[kept].sqrt()
-    up, down = directions.u[:, kept] * roots, (directions.v[:, kept] * roots).T
-    new = LowRankLinear.from_factors(up.to(dtype), down.to(dtype), linear_bias(linear))
-    replace_module(block, path, new.train(linear.training))
+    roots = directions.s[kept].sqrt()
+    put_factors(block, path, directions.u[:, kept] * roots, (directions.v[:, kept] * roots).T)

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from offsite_fl.emulators.base import Emulator
 from offsite_fl.emulators.budget import emulator_bytes
-from offsite_fl.emulators.factor import project, rank_for
+from offsite_fl.emulators.factor import project, put_factors, rank_for
 from offsite_fl.emulators.groups import dense_linears
 from offsite_fl.emulators.low_rank import share_within
-from offsite_fl.models.linears import LowRankLinear, linear_bias, linear_weight, replace_module
+from offsite_fl.models.linears import linear_weight
 
 Place = tuple[int, str]
 """A dense linear of an emulator: the index of its block and its path there."""
@@ -64,11 +64,7 @@ def cut_to(block: nn.Module, path: str, weight: Tensor, rank: int, moments: Tens
 
     Bias, dtype and mode are those of the linear; ``moments`` are those of its inputs where they are to count.
     """
-    linear = block.get_submodule(path)
-    dtype = linear_weight(linear).dtype
-    up, down = project(weight, moments, rank)
-    new = LowRankLinear.from_factors(up.to(dtype), down.to(dtype), linear_bias(linear))
-    replace_module(block, path, new.train(linear.training))
+    put_factors(block, path, *project(weight, moments, rank))
 
 
 @torch.no_grad()

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import nn
 
 from offsite_fl.config import check
-from offsite_fl.emulators.attention import AttentionFinder, cut_to_rank, saved_bytes
 from offsite_fl.emulators.base import Context, Emulator, EmulatorBlock, register
-from offsite_fl.emulators.budget import TOLERANCE, BudgetedMethod, count_parameters, emulator_bytes, stored_bytes
+from offsite_fl.emulators.budget import (
+    TOLERANCE,
+    BudgetedMethod,
+    count_parameters,
+    emulator_bytes,
+    largest_share,
+    stored_bytes,
+)
 from offsite_fl.emulators.layer_replace import Replacements, ReplaceOptions, replace_layers
+from offsite_fl.emulators.rank_share import cut_to_rank, saved_bytes
 from offsite_fl.emulators.streams import sent_home, working_copy
+from offsite_fl.emulators.watching import Watcher
 from offsite_fl.errors import EmulatorError
 from offsite_fl.models.harmonizer import Harmonizer
 
 # Least share of the attention's rank that is left where a budget decides: the beta = 0.8 of a public re-implementation.
 RANK_FLOOR = 0.2
-# A share at which every matrix is cut to rank 1.
-LEAST = 1e-6
 
 
 @register("scaleot")
@@ -110,7 +116,7 @@ class ScaleOT(BudgetedMethod):
         count = next(enough, len(weakest))
         if count and self.rank_keep is None:
             unused = budget - sizes.held(weakest[:count], 1.0)
-            fewer = sizes.held(weakest[: count - 1], LEAST) <= budget
+            fewer = sizes.held(weakest[: count - 1], 0.0) <= budget
             count -= unused > TOLERANCE * emulator_bytes(sizes.emulator) and fewer
         return count
 
@@ -119,7 +125,7 @@ class ScaleOT(BudgetedMethod):
         if self.rank_keep is not None:
             return self.rank_keep
         assert budget is not None
-        return _largest_within(lambda share: sizes.held(replaced, share), budget)
+        return largest_share(lambda share: sizes.held(replaced, share), budget)
 
 
 class _Sizes:
@@ -131,9 +137,14 @@ class _Sizes:
 
     def __init__(self, emulator: Emulator, context: Context, rank: int) -> None:
         self.emulator = emulator
-        finder = AttentionFinder(context)
-        self.features, self.returns = finder.batch.entry.shape[-1], finder.returns(context.middle[0])
-        self.attention = tuple(finder.paths(block.origin) for block in emulator.blocks)
+        watcher, first = Watcher(context), context.middle[0]
+        self.features = watcher.noise.shape[-1]
+        self.returns = watcher.returns(working_copy(context.block(first), context.device), first)
+        # In the full model's own blocks: of what was replaced before a pass shows nothing.
+        self.attention = tuple(
+            watcher.watch(working_copy(context.block(block.origin), context.device), block.origin).attention
+            for block in emulator.blocks
+        )
         self.candidates = tuple(p for p in emulator.positions if not isinstance(emulator.at(p), Harmonizer))
         element = next(context.block(context.middle[0]).parameters()).element_size()
         self.harmonizer = count_parameters([Harmonizer(self.features, rank, device="meta")]) * element
@@ -160,17 +171,6 @@ class _Sizes:
                 f"scaleot: a harmonizer takes {self.harmonizer} bytes and the smallest block {least}, so replacing "
                 "saves nothing; choose a smaller rank"
             )
-
-
-def _largest_within(held: Callable[[float], int], budget: int) -> float:
-    """The largest share at which ``held`` is at most ``budget``; close to 0, which means rank 1, where none is."""
-    if held(1.0) <= budget:
-        return 1.0
-    low, high = LEAST, 1.0
-    for _ in range(30):
-        middle = (low + high) / 2
-        low, high = (middle, high) if held(middle) <= budget else (low, middle)
-    return low
 
 
 def _built(

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from offsite_fl.emulators.channel_choice import channel_candidates, channel_norms
-from offsite_fl.emulators.channels import ChannelChain, keep_channels
+from offsite_fl.emulators.channel_choice import channel_candidates
+from offsite_fl.emulators.channels import ChannelChain, channel_norms, keep_channels
 from offsite_fl.emulators.gcs import Candidates, Terms
 from offsite_fl.emulators.kfac import Moments
 from offsite_fl.emulators.parts import Part

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from offsite_fl.emulators.base import Context, Emulator
 from offsite_fl.emulators.factor import Refit, cut_linear, gram, rank_for
-from offsite_fl.emulators.groups import BlockPlan, Taps, dense_linears, plan_block, run_tapped
+from offsite_fl.emulators.groups import BlockPlan, Taps, dense_linears, kind_of, plan_block, run_tapped
 from offsite_fl.emulators.streams import Stream, read_batches, running_order, sent_home, working_copy
 from offsite_fl.models.linears import linear_bias, linear_weight
 
@@ -245,11 +245,11 @@ class _Plans:
         self._known: dict[tuple[object, ...], BlockPlan] = {}
 
     def of(self, block: nn.Module, stream: Stream, position: int) -> BlockPlan:
-        key = (type(block), *((path, linear_weight(linear).shape) for path, linear in dense_linears(block)))
-        if key not in self._known:
+        kind = kind_of(block)
+        if kind not in self._known:
             batch = stream.batches[0]
-            self._known[key] = plan_block(block, stream.hidden[0], batch.calls[position], batch.rows)
-        return self._known[key]
+            self._known[kind] = plan_block(block, stream.hidden[0], batch.calls[position], batch.rows)
+        return self._known[kind]
 
 
 def _references(full: nn.Module, cut: nn.Module) -> dict[str, nn.Module]:

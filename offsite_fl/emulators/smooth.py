@@ -22,7 +22,7 @@ from offsite_fl.emulators.reorder import reorder_channels
 from offsite_fl.emulators.smooth_prox import proximal
 from offsite_fl.emulators.smooth_training import SmoothTraining, train_smooth
 from offsite_fl.emulators.streams import sent_home, working_copy
-from offsite_fl.emulators.training import refuse_quantized
+from offsite_fl.emulators.training import refuse_packed
 from offsite_fl.errors import EmulatorError
 from offsite_fl.models.linears import linear_weight
 
@@ -220,6 +220,6 @@ class Smooth(BudgetedMethod):
 
 
 def _check_trainable(emulator: Emulator) -> None:
-    refuse_quantized(emulator, Smooth.name)
+    refuse_packed(emulator, Smooth.name)
     if not places(emulator):
         raise EmulatorError("smooth: no dense linear is left to cut; put smooth before what replaces linears")

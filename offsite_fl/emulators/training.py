@@ -21,10 +21,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from offsite_fl.emulators.base import Batch, Context, Emulator, EmulatorBlock
-from offsite_fl.emulators.distill_state import Checkpoints, RunState, fingerprint
 from offsite_fl.emulators.student import Student
+from offsite_fl.emulators.training_state import Checkpoints, RunState, fingerprint
+from offsite_fl.emulators.weights import refuse_quantized
 from offsite_fl.errors import EmulatorError
-from offsite_fl.models.linears import QuantizedLinear
 
 log = logging.getLogger(__name__)
 
@@ -214,15 +214,9 @@ def with_values(emulator: Emulator, values: dict[str, Tensor]) -> Emulator:
     return Emulator(blocks, dict(emulator.layout))
 
 
-def refuse_quantized(emulator: Emulator, name: str) -> None:
+def refuse_packed(emulator: Emulator, name: str) -> None:
     """``EmulatorError`` if the emulator holds packed weights, which the method ``name`` can't train."""
-    for number, block in enumerate(emulator.blocks):
-        for path, module in block.module.named_modules():
-            if isinstance(module, QuantizedLinear):
-                raise EmulatorError(
-                    f"{name}: {path} of emulator block {number} is quantised, and packed weights can't be trained; "
-                    f"put quantize last, as in '{name}+quantize'"
-                )
+    refuse_quantized(emulator, name, f"packed weights can't be trained: put quantize last, as in '{name}+quantize'")
 
 
 @contextmanager

@@ -9,15 +9,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from offsite_fl.emulators.base import Batch, Context, Emulator
-from offsite_fl.emulators.channels import ChannelChain, find_chains, keep_channels
-from offsite_fl.emulators.groups import plan_block
+from offsite_fl.emulators.base import Context, Emulator
+from offsite_fl.emulators.channels import (
+    ChannelChain,
+    channel_bytes,
+    channel_norms,
+    column_bytes,
+    keep_channels,
+    row_bytes,
+)
 from offsite_fl.emulators.heads import HeadGroups, find_heads, keep_heads
-from offsite_fl.emulators.streams import TextBatch, read_batches, working_copy
-from offsite_fl.models.linears import linear_bias, linear_weight
-
-# Rows and tokens of the noise that blocks are watched on.
-PROBE = (2, 16)
+from offsite_fl.emulators.streams import working_copy
+from offsite_fl.emulators.watching import Watcher
+from offsite_fl.models.linears import linear_weight
 
 
 @dataclass(frozen=True)
@@ -40,36 +44,29 @@ def find_units(emulator: Emulator, context: Context, heads: bool = True) -> list
 
     Blocks are watched on noise, so no text is needed. What is low-rank or quantised already has no units.
     """
-    probe = _probe(context)
+    watcher = Watcher(context)
     first = {slot: position for position, slot in sorted(emulator.layout.items(), reverse=True)}
     found = []
     for slot, position in context.track(sorted(first.items()), "looking at blocks"):
-        module = emulator.blocks[slot].module
-        block, call = working_copy(module, context.device), probe.calls[position]
-        noise = _noise(probe.entry)
-        plan = plan_block(block, noise, call, probe.rows)
-        chains = find_chains(block, noise, call, plan)
-        found += [Units(slot, chain, chain.width, _channel_bytes(module, chain)) for chain in chains]
+        block = working_copy(emulator.blocks[slot].module, context.device)
+        seen = watcher.watch(block, position)
+        found += [Units(slot, chain, chain.width, channel_bytes(block, chain)) for chain in seen.chains]
         if heads:
-            groups = find_heads(block, noise, call, plan, chains)
-            found += [Units(slot, part, part.count, _group_bytes(module, part)) for part in groups]
+            groups = find_heads(block, watcher.noise, watcher.call(position), seen.plan, seen.chains)
+            found += [Units(slot, part, part.count, _group_bytes(block, part)) for part in groups]
     return found
 
 
 @torch.no_grad()
 def saliency(block: nn.Module, units: Units) -> Tensor:
-    """L2 norm of each unit's weights, [count] fp32: the rows that write it and the columns that read it.
-
-    For a channel this is FedPFT's measure (arXiv 2404.11536).
-    """
+    """L2 norm of each unit's weights, [count] fp32: the rows that write it and the columns that read it."""
     part = units.part
+    if isinstance(part, ChannelChain):
+        return channel_norms(block, part)
     total = linear_weight(block.get_submodule(part.writer)).float().square().sum(0).view(units.count, -1).sum(1)
     for path in part.readers:
         rows = linear_weight(block.get_submodule(path)).float().square().sum(1)
-        if isinstance(part, ChannelChain):
-            total = total + rows.view(part.parts, units.count).sum(0)
-        else:
-            total = total + rows.view(units.count, -1).sum(1)
+        total = total + rows.view(units.count, -1).sum(1)
     return total.sqrt()
 
 
@@ -115,35 +112,8 @@ def _bounded(count: int, units: Units) -> int:
     return min(units.count, max(1, count))
 
 
-def _probe(context: Context) -> TextBatch:
-    ids = torch.zeros(PROBE, dtype=torch.int64)
-    batch: Batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return read_batches(context, [batch])[0]
-
-
-def _noise(like: Tensor) -> Tensor:
-    """A hidden state in which every token is another, which that of equal tokens isn't."""
-    return torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
-
-
-def _channel_bytes(block: nn.Module, chain: ChannelChain) -> int:
-    return chain.parts * sum(_row_bytes(block, path) for path in chain.readers) + _column_bytes(block, chain.writer)
-
-
 def _group_bytes(block: nn.Module, heads: HeadGroups) -> int:
-    weights = {path: linear_weight(block.get_submodule(path)) for path in (*heads.readers, heads.writer)}
-    rows = sum(weights[path].shape[0] // heads.count * _row_bytes(block, path) for path in heads.readers)
-    return rows + weights[heads.writer].shape[1] // heads.count * _column_bytes(block, heads.writer)
-
-
-def _row_bytes(block: nn.Module, path: str) -> int:
-    """Bytes of one output of a linear: its row of the weight and its bias."""
-    linear = block.get_submodule(path)
-    weight, bias = linear_weight(linear), linear_bias(linear)
-    return weight.shape[1] * weight.element_size() + (0 if bias is None else bias.element_size())
-
-
-def _column_bytes(block: nn.Module, path: str) -> int:
-    """Bytes of one input of a linear: its column of the weight."""
-    weight = linear_weight(block.get_submodule(path))
-    return weight.shape[0] * weight.element_size()
+    linears = {path: block.get_submodule(path) for path in (*heads.readers, heads.writer)}
+    rows = sum(linear_weight(linears[p]).shape[0] // heads.count * row_bytes(linears[p]) for p in heads.readers)
+    writer = linears[heads.writer]
+    return rows + linear_weight(writer).shape[1] // heads.count * column_bytes(writer)

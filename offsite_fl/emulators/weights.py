@@ -1,4 +1,4 @@
-"""Copies of a block with other values in its weight matrices, and everything else shared."""
+"""Weights of blocks: copies with other values in the matrices, and the refusal of packed ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from offsite_fl.emulators.base import copy_structure
+from offsite_fl.emulators.base import Emulator, copy_structure
+from offsite_fl.errors import EmulatorError
+from offsite_fl.models.linears import QuantizedLinear
 
 
 @torch.no_grad()
@@ -27,3 +29,13 @@ def with_matrices(block: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Mo
                 changed[id(parameter)] = nn.Parameter(value, requires_grad=False)
             setattr(module, name, changed[id(parameter)])
     return copied
+
+
+def refuse_quantized(emulator: Emulator, name: str, advice: str) -> None:
+    """``EmulatorError`` if the emulator holds packed weights, which the method ``name`` can't work on."""
+    for number, block in enumerate(emulator.blocks):
+        for path, module in block.module.named_modules():
+            if isinstance(module, QuantizedLinear):
+                raise EmulatorError(
+                    f"{name}: {path} of emulator block {number} has {module.bits}-bit weights already; {advice}"
+                )

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
-from offsite_fl.emulators.channel_choice import channel_candidates, channel_norms
-from offsite_fl.emulators.channels import ChannelChain
+from offsite_fl.emulators.channel_choice import channel_candidates
+from offsite_fl.emulators.channels import ChannelChain, channel_norms
 from offsite_fl.emulators.gcs import Scale
 from offsite_fl.emulators.kfac import Moments
 from offsite_fl.models.linears import linear_weight

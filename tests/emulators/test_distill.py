@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
-from offsite_fl.emulators import distill, distill_state
+from offsite_fl.emulators import distill, training_state
 from offsite_fl.emulators.base import Batch, Context, Emulator, EmulatorBlock, start
 from offsite_fl.emulators.distill import Distill, hold_out, relative_error
 from offsite_fl.emulators.layer_drop import LayerDrop
@@ -590,7 +590,7 @@ def test_a_crash_while_writing_leaves_the_old_checkpoint(
     model, batches = trained
     context = context_of(model, batches, workdir=tmp_path)
     emulator, method = dropped(context), Distill(steps=6, eval_every=2)
-    move, moves = distill_state.os.replace, []
+    move, moves = training_state.os.replace, []
 
     def crash(*paths: Path) -> None:
         moves.append(1)
@@ -598,7 +598,7 @@ def test_a_crash_while_writing_leaves_the_old_checkpoint(
             raise Interrupted
         move(*paths)
 
-    monkeypatch.setattr(distill_state.os, "replace", crash)
+    monkeypatch.setattr(training_state.os, "replace", crash)
     with pytest.raises(Interrupted):
         method.compress(emulator, context)
     resumed = method.compress(emulator, context)

@@ -273,7 +273,7 @@ def test_interrupted_and_resumed_equals_at_once(
 
 def test_quantised_weights_are_refused(pico_llama: nn.Module, context_of: MakeContext) -> None:
     context = context_of(pico_llama)
-    with pytest.raises(EmulatorError, match=r"loss-margin: .* is quantised.*as in 'loss-margin\+quantize'"):
+    with pytest.raises(EmulatorError, match=r"loss-margin: .* weights already.*as in 'loss-margin\+quantize'"):
         parse_emulator("quantize+loss-margin").compress(start(context), context)
 
 

@@ -209,7 +209,7 @@ def test_what_has_no_units_any_more(first: str, pico_llama: nn.Module, context_o
 
 def test_zeros_do_not_go_into_packed_weights(pico_llama: nn.Module, context_of: MakeContext) -> None:
     context = context_of(pico_llama)
-    with pytest.raises(EmulatorError, match=r"self_attn\.q_proj of emulator block 0 is quantised"):
+    with pytest.raises(EmulatorError, match=r"self_attn\.q_proj of emulator block 0 has 8-bit weights already"):
         parse_emulator("quantize+prune:mode=magnitude").compress(start(context), context)
 
 

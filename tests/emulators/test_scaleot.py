@@ -14,13 +14,13 @@ from transformers import PreTrainedTokenizerFast
 
 from offsite_fl.data_owner import DataOwner
 from offsite_fl.emulators import layer_replace, scaleot
-from offsite_fl.emulators.attention import AttentionFinder
 from offsite_fl.emulators.base import Context, Emulator, EmulatorBlock, start
 from offsite_fl.emulators.budget import TOLERANCE, emulator_bytes
 from offsite_fl.emulators.layer_replace import Replacements
 from offsite_fl.emulators.report import emulated_network, emulator_report
 from offsite_fl.emulators.scaleot import ScaleOT
 from offsite_fl.emulators.spec import parse_emulator
+from offsite_fl.emulators.watching import Watcher
 from offsite_fl.errors import ConfigError, EmulatorError
 from offsite_fl.models.harmonizer import Harmonizer
 from offsite_fl.models.linears import LowRankLinear, named_linears
@@ -54,7 +54,7 @@ def test_every_family(family: str, pico: Callable[..., nn.Module], context_of: M
     assert parse_emulator(str(method)) == method
     built = method.compress(start(context), context)
     assert len(replaced(built)) == 2 and built.positions == (1, 2, 3, 4)
-    attention = set(AttentionFinder(context).paths(2))
+    attention = set(Watcher(context).watch(context.block(2), 2).attention)
     for block in built.blocks:
         if isinstance(block.module, Harmonizer):
             continue

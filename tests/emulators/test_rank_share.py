@@ -1,49 +1,20 @@
-"""Attention found by watching, in every family and in chains, and the cut of nothing but attention."""
+"""The cut of attention and nothing else to a share of its rank."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
-from offsite_fl.emulators.attention import AttentionFinder, cut_to_rank, rank_at, saved_bytes
 from offsite_fl.emulators.base import Context, copy_structure
 from offsite_fl.emulators.budget import stored_bytes
+from offsite_fl.emulators.rank_share import cut_to_rank, rank_at, saved_bytes
+from offsite_fl.emulators.watching import Watcher
 from offsite_fl.models.linears import LowRankLinear, QuantizedLinear, linear_weight, replace_module
 
 MakeContext = Callable[..., Context]
-# By their names, read off the sources of transformers.
-ATTENTION = {
-    "gpt2": {"attn.c_attn", "attn.c_proj"},
-    "opt": {f"self_attn.{n}_proj" for n in ("q", "k", "v", "out")},
-    "bloom": {"self_attention.query_key_value", "self_attention.dense"},
-    "gpt_neox": {"attention.query_key_value", "attention.dense"},
-    "phi": {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.dense"},
-}
-LLAMA = {f"self_attn.{n}_proj" for n in "qkvo"}
-
-
-@pytest.mark.parametrize("text", [True, False], ids=["text", "no text"])
-def test_the_attention_of_every_family(
-    family: str, text: bool, pico: Callable[..., nn.Module], context_of: MakeContext
-) -> None:
-    context = context_of(pico(family)) if text else context_of(pico(family), calibration=())
-    finder = AttentionFinder(context)
-    for origin in (0, 3):
-        assert set(finder.paths(origin)) == ATTENTION.get(family, LLAMA)
-    assert finder.returns(2) == (2 if family == "bloom" else 0)
-    assert finder.batch.entry.shape[-1] == 32
-
-
-def test_attention_with_equal_heads_is_no_chain_of_channels(
-    pico: Callable[..., nn.Module], context_of: MakeContext
-) -> None:
-    """Without text, and with as many outputs of q, k and v: only different tokens tell attention from an MLP."""
-    finder = AttentionFinder(context_of(pico("llama", num_key_value_heads=4), calibration=()))
-    assert set(finder.paths(3)) == LLAMA
 
 
 def test_ranks_by_hand() -> None:
@@ -57,7 +28,7 @@ def test_the_cut_is_the_truncated_svd_of_attention_alone(pico_llama: nn.Module, 
     context = context_of(pico_llama)
     original = context.block(2)
     block = copy_structure(original)
-    paths = AttentionFinder(context).paths(2)
+    paths = Watcher(context).watch(context.block(2), 2).attention
     expected = stored_bytes([block]) - saved_bytes(block, paths, 0.2)
     cut_to_rank(block, paths, 0.2)
     # q and o are 32 x 32 at rank 6, k and v 16 x 32 at rank 3, in fp32
@@ -75,7 +46,7 @@ def test_the_cut_is_the_truncated_svd_of_attention_alone(pico_llama: nn.Module, 
 def test_biases_stay(pico: Callable[..., nn.Module], context_of: MakeContext) -> None:
     context = context_of(pico("gpt2"))
     block = copy_structure(context.block(2))
-    cut_to_rank(block, AttentionFinder(context).paths(2), 0.2)
+    cut_to_rank(block, Watcher(context).watch(context.block(2), 2).attention, 0.2)
     for path in ("attn.c_attn", "attn.c_proj"):
         new, old = block.get_submodule(path), context.block(2).get_submodule(path)
         assert isinstance(new, LowRankLinear) and torch.equal(new.up.bias, old.bias)  # type: ignore[arg-type]
@@ -88,7 +59,7 @@ def test_what_was_replaced_before_stays(pico_llama: nn.Module, context_of: MakeC
     factors = LowRankLinear(32, 32, 12, bias=False)
     replace_module(block, "self_attn.q_proj", packed)
     replace_module(block, "self_attn.o_proj", factors)
-    held, saved = stored_bytes([block]), saved_bytes(block, AttentionFinder(context).paths(2), 0.2)
-    cut_to_rank(block, AttentionFinder(context).paths(2), 0.2)
+    held, saved = stored_bytes([block]), saved_bytes(block, Watcher(context).watch(context.block(2), 2).attention, 0.2)
+    cut_to_rank(block, Watcher(context).watch(context.block(2), 2).attention, 0.2)
     assert block.get_submodule("self_attn.q_proj") is packed and block.get_submodule("self_attn.o_proj") is factors
     assert stored_bytes([block]) == held - saved == held - 4 * 2 * (512 - 144)
