@@ -1,16 +1,22 @@
 #!/bin/sh
-# The tables of docs/emulators.md: emulators of SmolLM2 at half of the middle's bytes or less, one data owner with the
-# texts of all four. What stands in runs/choose-smollm2 already isn't measured again, so it can be stopped at any time.
-# From the repository root, in the environment of `make venv`:
+# The tables of docs/emulators.md: emulators side by side, one data owner with the texts of all four. What stands in
+# the folder under runs/ already isn't measured again, so it can be stopped at any time and goes on where it was.
+# From the repository root, in the environment of `make venv` (with MODEL=pico after `make pico`):
 #
-#     sh simulations/benchmarks/emulators.sh all        # every training-free method, one seed: half an hour on 2 cores
-#     sh simulations/benchmarks/emulators.sh few        # the two best with three seeds, without full fine-tuning
-#     sh simulations/benchmarks/emulators.sh trained    # the methods that train, one seed: hours
+#     sh simulations/benchmarks/emulators.sh all        # SmolLM2: every training-free method, one seed: half an hour on 2 cores
+#     sh simulations/benchmarks/emulators.sh few        # SmolLM2: the best four and the controls with three seeds
+#     sh simulations/benchmarks/emulators.sh trained    # SmolLM2: the methods that train, one seed
+#     sh simulations/benchmarks/emulators.sh pico 30%   # the small model: every method, three seeds; half an hour
 set -eu
+cache="${OFFSITE_FL_CACHE:-$HOME/.cache/offsite-fl}"
 default="low-rank:keep=0.975,targets=q_proj/k_proj/v_proj/o_proj+quantize:bits=4,group=0"
-case "${1:-all}" in
-all)
-    seeds=1 full=--full-fine-tuning
+set_of="${1:-all}" budget="${2:-50%}" seeds=3 full=
+case "$set_of" in
+all | trained) seeds=1 full=--full-fine-tuning ;;
+pico) full="--full-fine-tuning --full-lr 1e-3 --full-lr 2e-3" ;;
+esac
+case "$set_of" in
+all | pico)
     set -- "quantize:bits=4,group=0" "quantize:bits=4,group=64" "$default" "quantize:{keep}" "low-rank:{keep}" \
         "low-rank:{keep},mode=activation" "low-rank:{keep},mode=plain" "gradot:{keep}" \
         "gradot:{keep},allocation=global" "smooth:{keep},mode=prox" "prune:{keep},mode=structured" \
@@ -18,27 +24,37 @@ all)
         "random:{keep}" "first:{keep}" "last:{keep}" "similarity:{keep}"
     ;;
 few)
-    seeds=3 full=
-    set -- "quantize:bits=4,group=0" "quantize:bits=4,group=64"
+    set -- "quantize:bits=4,group=0" "quantize:bits=4,group=64" "$default" "gradot:{keep}" \
+        "random:{keep}" "first:{keep}" "last:{keep}" "similarity:{keep}"
     ;;
 trained)
-    seeds=1 full=--full-fine-tuning
     set -- "layer-drop:{keep}+distill:steps=40" "scaleot:{keep},steps=40" "smooth:{keep},mode=train,steps=24" \
         "low-rank:{keep}+loss-margin:steps=16"
     ;;
 *)
-    echo "usage: $0 [all|few|trained]" >&2
+    echo "usage: $0 [all|few|trained|pico [BUDGET]]" >&2
     exit 2
     ;;
 esac
+if [ "$set_of" = pico ]; then
+    set -- "$@" "layer-drop:{keep}+distill:steps=100" "scaleot:{keep},steps=100" "smooth:{keep},mode=train,steps=100" \
+        "low-rank:{keep}+loss-margin:steps=100,lr=1e-4"
+fi
 for spec; do
     set -- "$@" --candidate "$spec"
     shift
 done
-texts="${OFFSITE_FL_CACHE:-$HOME/.cache/offsite-fl}/quickstart"
-exec offsite-fl choose smollm2 --budget 50% --seeds "$seeds" --out runs/choose-smollm2 \
-    --calibration "$texts/public.txt" --held-out-tokens 1024 \
-    --data "$texts/comedies.jsonl" --data "$texts/histories.jsonl" \
-    --data "$texts/tragedies.jsonl" --data "$texts/poems.jsonl" \
-    --test "$texts/test.jsonl" --test-tokens 3072 \
-    --steps 16 --batch-size 4 --lr 5e-4 $full "$@"
+if [ "$set_of" = pico ]; then
+    texts="$cache/quickstart-bible" out="runs/choose-pico-${budget%\%}"
+    set -- "$cache/pico" "$@" --held-out-tokens 4096 --test-tokens 8192 --steps 32 --batch-size 16 --lr 1e-3
+    owners="wisdom prophets gospels letters"
+else
+    texts="$cache/quickstart" out=runs/choose-smollm2
+    set -- smollm2 "$@" --held-out-tokens 1024 --test-tokens 3072 --steps 16 --batch-size 4 --lr 5e-4
+    owners="comedies histories tragedies poems"
+fi
+for owner in $owners; do
+    set -- "$@" --data "$texts/$owner.jsonl"
+done
+exec offsite-fl choose "$@" --budget "$budget" --seeds "$seeds" --out "$out" \
+    --calibration "$texts/public.txt" --test "$texts/test.jsonl" $full
