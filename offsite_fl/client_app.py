@@ -16,32 +16,47 @@ from typing import Any
 
 import torch
 from datasets import Dataset  # type: ignore[import-untyped,unused-ignore]
-from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import LocalDpMod
 from flwr.clientapp.typing import ClientAppCallable, Mod
 
 from offsite_fl.bundle import Cache
-from offsite_fl.config import TuneConfig
+from offsite_fl.config import LoraOptions, TuneConfig
 from offsite_fl.data.examples import split_examples, to_examples
+from offsite_fl.data.fingerprints import Fingerprints, overlap
 from offsite_fl.data.sources import Source
 from offsite_fl.data_owner import DataOwner
 from offsite_fl.errors import DataError, OffsiteError, WireError
+from offsite_fl.local.algorithm import LocalAlgorithm, Outcome, read_algorithm
+from offsite_fl.local.patch_store import PatchStore
+from offsite_fl.local.turn import Turn, loss_of
 from offsite_fl.wire import names
 from offsite_fl.wire.codecs import decode, encode
 from offsite_fl.wire.packs import read_pack
+from offsite_fl.wire.patches import read_patch
 from offsite_fl.wire.records import only_arrays, only_config, text
-from offsite_fl.wire.settings import client_seed, tune_from_config
+from offsite_fl.wire.replies import beginning, for_reply, references
+from offsite_fl.wire.settings import client_seed, tune_from_config, tune_of_run
 
 log = logging.getLogger("flwr.offsite")
 
 Data = Source | tuple[Source, Source]
 LoadData = Callable[[Context], Data]
 NameSite = Callable[[Context], str | None]
+_Examples = tuple[Dataset, Dataset | None]  # to tune on, and to watch
 
 
 class BundleMissing(OffsiteError):
     """The bundle that a message is about isn't in this site's cache (any more)."""
+
+
+class PatchMissing(OffsiteError):
+    """The patch of the emulator that a message counts on isn't in this site's cache, or isn't whole there."""
+
+
+class PublicOverlap(OffsiteError):
+    """This site holds an example of the public text that the server aligns the emulator on."""
 
 
 class NoValidation(OffsiteError):
@@ -51,7 +66,11 @@ class NoValidation(OffsiteError):
 # What is wrong with a site's data is told by line and column, and with the site's own paths: not for the server.
 WITHHELD = "this site's data can't be used; the reason is in the site's own log"
 
-CODES: dict[type[OffsiteError], int] = {BundleMissing: names.BUNDLE_MISSING, NoValidation: names.NO_VALIDATION}
+CODES: dict[type[OffsiteError], int] = {
+    BundleMissing: names.BUNDLE_MISSING,
+    PatchMissing: names.PATCH_MISSING,
+    NoValidation: names.NO_VALIDATION,
+}
 
 
 def make_client_app(
@@ -60,6 +79,7 @@ def make_client_app(
     name: NameSite | None = None,
     train_mods: Sequence[Mod] = (),
     cache: Cache | str | Path | None = None,
+    mods: Sequence[Mod] = (),
 ) -> ClientApp:
     """A ClientApp for one site, or for all virtual clients of a simulation.
 
@@ -77,6 +97,9 @@ def make_client_app(
     cache
         Where bundles are kept: a :class:`~offsite_fl.bundle.Cache` or its folder. None takes ``cache-dir`` of the node
         config, else ``OFFSITE_FL_CACHE``, else ``~/.cache/offsite-fl``.
+    mods
+        Flower mods around everything, bundle messages included, that hand messages on as they are: for instance one
+        that gives ``load_data`` another context.
 
     Notes
     -----
@@ -85,9 +108,10 @@ def make_client_app(
     """
     local_noise = any(isinstance(mod, LocalDpMod) for mod in train_mods)
     site = _Site(load_data or load_from_node_config, name or client_name, cache, local_noise)
-    app = ClientApp()
+    app = ClientApp(mods=list(mods))
     app.query(names.BUNDLE_ACTION)(_answering(site.query_bundle))
     app.train(names.BUNDLE_ACTION)(_answering(site.store_bundle))
+    app.train(names.PATCH_ACTION)(_answering(site.store_patch))
     app.train(mods=list(train_mods))(_answering(site.tune))
     app.evaluate()(_answering(site.evaluate))
     return app
@@ -134,15 +158,28 @@ def _answering(handler: ClientAppCallable) -> ClientAppCallable:
 
 @dataclass(frozen=True)
 class _Task:
-    """A train or evaluate message, read."""
+    """A train or evaluate message, read. ``tune`` is how this site tunes, ``run`` what the server asked of all.
+
+    ``algorithm`` is what to do other than plain tuning, if anything. ``public``: of the examples that the emulator was
+    aligned on.
+    """
 
     owner: DataOwner
     config: ConfigRecord
     arrays_key: str
     tune: TuneConfig
+    run: TuneConfig
     codec: str
     reference: Mapping[str, torch.Tensor]
     start: Mapping[str, torch.Tensor]
+    algorithm: LocalAlgorithm | None
+    public: Fingerprints | None
+
+    def notes(self, site: str) -> dict[str, Any]:
+        """What every reply says of itself: who sends it, for which bundle, and which factors its emulator had."""
+        notes: dict[str, Any] = {names.CLIENT: site, names.DIGEST: self.owner.bundle.digest}
+        digest = self.owner.patch_digest
+        return notes if digest is None else {**notes, names.PATCH: digest}
 
 
 class _Site:
@@ -176,6 +213,17 @@ class _Site:
                 incoming.commit()
         return self._state(message, context, digest)
 
+    def store_patch(self, message: Message, context: Context) -> Message:
+        """Keep factors for the emulator of a bundle that is here, and say which ones are on the disk now."""
+        found, cache = read_patch(message.content), self._cache(context)
+        if cache.find(found.patch.bundle) is None:
+            raise BundleMissing(f"bundle {found.patch.bundle[:12]}, which a patch is for, isn't in the cache")
+        if found.patch.digest != found.digest:
+            raise WireError(f"the patch was damaged on its way: its digest is {found.patch.digest[:12]}")
+        held = PatchStore(cache.root, found.patch.bundle, self.name(context)).keep(found.patch, found.public)
+        state: dict[str, Any] = {names.DIGEST: found.patch.bundle, names.PATCH: held, names.CLIENT: self.name(context)}
+        return Message(RecordDict({names.CONFIG: ConfigRecord(state)}), reply_to=message)
+
     def _state(self, message: Message, context: Context, digest: str) -> Message:
         cache, name = self._cache(context), self.name(context)
         held = cache.find(digest) is not None
@@ -199,61 +247,119 @@ class _Site:
         """Tune the received adapter on this site's data and send it back in the same form."""
         with _networks.lock:
             task = self._read(message, context)
-            train, validation = self._data(task, context)
-            update = task.owner.tune(train, task.tune, validation=validation, start=task.start)
-        arrays, notes = encode({name: update.tensors[name] for name in task.reference}, task.reference, task.codec)
-        config = ConfigRecord({**notes, names.CLIENT: self.name(context), names.DIGEST: task.owner.bundle.digest})
-        config[names.EVALUATES] = validation is not None
+            data = self._data(task, context)
+            done = self._tuned(task, data, context)
+            said = task.notes(self.name(context))
+        arrays, notes = encode(done.tensors, references(done.tensors, task.reference), task.codec)
+        config = ConfigRecord({**notes, **said})
+        config[names.EVALUATES] = data[1] is not None
+        if task.algorithm is not None:
+            config[names.ALGORITHM] = task.algorithm.name
         # train_loss with an underscore is what Flower's QFedAvg asks for
-        measured = {name.replace("-", "_"): value for name, value in update.metrics.items()}
-        metrics = MetricRecord({names.NUM_EXAMPLES: update.num_examples, **measured})
+        measured = {name.replace("-", "_"): value for name, value in done.metrics.items()}
+        metrics = MetricRecord({names.NUM_EXAMPLES: done.num_examples, **measured})
         return Message(
             RecordDict({task.arrays_key: arrays, names.METRICS: metrics, names.CONFIG: config}), reply_to=message
         )
+
+    def _tuned(self, task: _Task, data: _Examples, context: Context) -> Outcome:
+        if task.algorithm is not None:
+            return self._turn(task.algorithm, task, data, context).take()
+        start = beginning(task.start, task.tune, task.run)
+        update = task.owner.tune(data[0], task.tune, validation=data[1], start=start, merge=False)
+        tensors = for_reply(update.tensors, task.start, task.run, whole=self._private(task.config))
+        return Outcome(tensors, update.num_examples, update.metrics)
 
     def evaluate(self, message: Message, context: Context) -> Message:
         """Loss of the emulator with the received adapter on this site's validation data."""
         with _networks.lock:
             task = self._read(message, context)
-            validation = self._data(task, context)[1]
+            data = self._data(task, context)
+            validation = data[1]
             if validation is None:
                 raise NoValidation("this site has no validation data: set tune.validation-share or validation-data")
-            loss = self._loss(task, validation)
-        metrics = MetricRecord({names.LOSS: loss, names.NUM_EXAMPLES: len(validation)})
-        config = ConfigRecord({names.CLIENT: self.name(context), names.DIGEST: task.owner.bundle.digest})
+            if task.algorithm is not None:
+                measured = task.algorithm.evaluate(self._turn(task.algorithm, task, data, context))
+            else:
+                measured = {names.LOSS: loss_of(task.owner, task.start, validation, task.tune, task.run)}
+            config = ConfigRecord(task.notes(self.name(context)))
+        metrics = MetricRecord({**measured, names.NUM_EXAMPLES: len(validation)})
         return Message(RecordDict({names.METRICS: metrics, names.CONFIG: config}), reply_to=message)
 
-    def _loss(self, task: _Task, validation: Dataset) -> float:
-        owner, tune = task.owner, task.tune
-        if tune.lora is None:
-            owner.load_adapter(task.start)
-            return float(owner.evaluate(validation, tune).loss)
-        inside = owner.lora(tune.lora, tune.seed, task.start)
-        try:
-            return float(owner.evaluate(validation, tune).loss)
-        finally:
-            inside.remove()
+    def _turn(self, algorithm: LocalAlgorithm, task: _Task, data: _Examples, context: Context) -> Turn:
+        return Turn.of(
+            algorithm,
+            task.config,
+            owner=task.owner,
+            settings=task.tune,
+            run=task.run,
+            received=task.start,
+            data=data,
+            cache=self._cache(context).root,
+            site=self.name(context),
+        )
 
     def _read(self, message: Message, context: Context) -> _Task:
         arrays_key, arrays = only_arrays(message.content)
         config = only_config(message.content)[1]
         digest = text(config.get(names.DIGEST), names.DIGEST)
         codec = text(config.get(names.CODEC, "fp32"), names.CODEC)
-        if codec != "fp32" and (self.local_noise or names.CLIPPING_NORM in config):
+        if codec != "fp32" and self._private(config):
             raise WireError(f"codec {codec!r} hides the values from the privacy mod, which needs fp32")
-        tune = tune_from_config(config, context.node_config, self.name(context))
+        tune, run = tune_from_config(config, context.node_config, self.name(context)), tune_of_run(config)
+        if run.lora_fresh and self._private(config):
+            raise WireError("a privacy mod compares a reply with its message, but fresh LoRA factors are other tensors")
         owner = _networks.open(self._cache(context), digest, tune)
         owner.reset()  # nothing of another virtual client's round may stay
-        known = _reference(owner, tune)
+        public = self._patch(owner, config, context)
+        known = _reference(owner, run.kept_lora)
+        algorithm = read_algorithm(config)
+        if algorithm is not None:
+            known = self._travelling(algorithm, known, message)
         # In the order of the message: Flower's privacy mods compare the lists of keys.
         reference = {name: known[name] for name in [*(n for n in arrays if n in known), *known]}
-        return _Task(owner, config, arrays_key, tune, codec, reference, decode(arrays, config, reference, codec))
+        start = decode(arrays, config, reference, codec)
+        return _Task(owner, config, arrays_key, tune, run, codec, reference, start, algorithm, public)
 
-    def _data(self, task: _Task, context: Context) -> tuple[Dataset, Dataset | None]:
+    def _patch(self, owner: DataOwner, config: ConfigRecord, context: Context) -> Fingerprints | None:
+        """Give the emulator the factors that the message counts on, none if it names none."""
+        owner.patch(None)
+        if names.PATCH not in config:
+            return None
+        digest = text(config[names.PATCH], names.PATCH)
+        found = PatchStore(self._cache(context).root, owner.bundle.digest, self.name(context)).find(digest)
+        if found is None:
+            raise PatchMissing(f"the patch {digest[:12]} of the emulator isn't here, or is damaged")
+        owner.patch(found[0])
+        return found[1]
+
+    def _travelling(
+        self, algorithm: LocalAlgorithm, known: Mapping[str, torch.Tensor], message: Message
+    ) -> dict[str, torch.Tensor]:
+        """What ``message`` carries of the run's state, and beside it."""
+        if message.metadata.message_type != MessageType.TRAIN:
+            return algorithm.travels(known)
+        beside = algorithm.beside(known)
+        if beside and self._private(only_config(message.content)[1]):
+            raise WireError(f"a privacy mod would count what {algorithm.name} sends beside the adapter as adapter")
+        return {**algorithm.travels(known), **beside}
+
+    def _private(self, config: ConfigRecord) -> bool:
+        """Whether one of Flower's privacy mods is around tuning."""
+        return self.local_noise or names.CLIPPING_NORM in config
+
+    def _data(self, task: _Task, context: Context) -> _Examples:
         """Examples to tune on and examples to watch, the same division in every round."""
 
         def examples(source: Source) -> Dataset:
-            return to_examples(source, task.owner.tokenizer, block_size=task.tune.block_size, loss_on=task.tune.loss_on)
+            tune, tokenizer = task.tune, task.owner.tokenizer
+            found = to_examples(source, tokenizer, block_size=tune.block_size, loss_on=tune.loss_on)
+            if task.public is not None and overlap(found, task.public):
+                raise PublicOverlap(
+                    "some of this site's examples are in the public text that the server aligns the emulator on; "
+                    "the two must have none in common"
+                )
+            return found
 
         loaded = self.load_data(context)
         if isinstance(loaded, tuple):
@@ -265,12 +371,12 @@ class _Site:
         )
 
 
-def _reference(owner: DataOwner, tune: TuneConfig) -> dict[str, torch.Tensor]:
+def _reference(owner: DataOwner, lora: LoraOptions | None) -> dict[str, torch.Tensor]:
     """What travelling values are differences from: the bundle's adapter, or zeros for LoRA factors."""
-    if tune.lora is None:
+    if lora is None:
         handed_out = owner.bundle.tensors()
         return {name: handed_out[name].float() for name in handed_out if name.startswith("adapter.")}
-    inside = owner.lora(tune.lora)
+    inside = owner.lora(lora)
     try:
         return {name: torch.zeros_like(value) for name, value in inside.tensors().items()}
     finally:

@@ -23,6 +23,7 @@ Scalar = str | int | float | bool
 CACHE_VARIABLE = "OFFSITE_FL_CACHE"
 FrozenDtype = Literal["auto", "float32", "bfloat16", "float16"]
 LossOn = Literal["all", "answer"]
+Factors = Literal["both", "a", "b"]
 C = TypeVar("C")
 
 
@@ -63,7 +64,9 @@ class TuneConfig:
 
     ``schedule_steps`` and ``schedule_offset`` let one learning-rate schedule span the rounds of a federation: the
     schedule is laid over ``schedule_steps`` and this call begins at ``schedule_offset`` (None: this call alone).
-    ``lora_rank=0`` tunes the whole adapter, above 0 only LoRA factors inside it. ``proximal_mu`` adds
+    ``lora_rank=0`` tunes the whole adapter, above 0 only LoRA factors inside it. ``lora_train`` says which of the two
+    factors are trained; the other one stays as it was received. ``lora_fresh`` begins each call with new factors on top
+    of the adapter as it was received, to be merged into it afterwards. ``proximal_mu`` adds
     ``mu / 2 * ||A - A_received||^2`` as FedProx does.
     ``device=None`` lets accelerate choose. ``frozen_dtype`` is the dtype of everything that isn't trained ("auto":
     bf16 on CUDA, the bundle's own floating dtype upcast to fp32 on CPU, where bf16 is slow); trained tensors are fp32.
@@ -91,6 +94,8 @@ class TuneConfig:
     lora_alpha: float = 16.0
     lora_dropout: float = 0.0
     lora_targets: tuple[str, ...] = ()
+    lora_train: Factors = "both"
+    lora_fresh: bool = False
     validation_share: float = 0.0
     eval_every: int | None = None
     patience: int | None = None
@@ -115,7 +120,15 @@ class TuneConfig:
         check(0 <= self.validation_share < 1, f"validation-share must lie in [0, 1), got {self.validation_share}")
         if self.patience is not None:
             check(self.patience >= 1, f"patience must be at least 1, got {self.patience}")
+        self._check_lora()
+
+    def _check_lora(self) -> None:
         _ = self.lora
+        if self.lora_rank == 0:
+            check(self.lora_train == "both", f"lora-train = {self.lora_train!r} needs a lora-rank above 0")
+            check(not self.lora_fresh, "lora-fresh needs a lora-rank above 0")
+        # Of fresh factors B is zero, so A alone gets no gradient, and what an untrained A was the server can't know.
+        check(not self.lora_fresh or self.lora_train == "both", "lora-fresh trains both factors: leave out lora-train")
 
     @property
     def lora(self) -> LoraOptions | None:
@@ -123,6 +136,18 @@ class TuneConfig:
         if self.lora_rank == 0:
             return None
         return LoraOptions(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_targets)
+
+    @property
+    def kept_lora(self) -> LoraOptions | None:
+        """The LoRA options of what is kept from one call to the next: None where that is a full adapter.
+
+        Which it is without LoRA, and with ``lora_fresh``, whose factors are merged after each call.
+        """
+        return None if self.lora_fresh else self.lora
+
+    def without_lora(self) -> TuneConfig:
+        """The same settings for tuning whole tensors."""
+        return dataclasses.replace(self, lora_rank=0, lora_train="both", lora_fresh=False)
 
 
 def cache_root(root: str | os.PathLike[str] | None = None) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,8 +24,10 @@ from offsite_fl.data.sources import Source
 from offsite_fl.errors import UpdateError
 from offsite_fl.evaluation.loss import LossResult, evaluate_loss
 from offsite_fl.models.network import NetworkPlan, adapter_parameters, build_network, fill_network, place_blocks
+from offsite_fl.patch import Patch, digest_of
 from offsite_fl.tuning.dtypes import prepare_dtypes, resolve_device
-from offsite_fl.tuning.lora import AdapterLora, add_lora
+from offsite_fl.tuning.emulator_lora import EmulatorLora
+from offsite_fl.tuning.lora import AdapterLora, add_lora, added, target_weights
 from offsite_fl.tuning.tune import TuneResult, tune
 from offsite_fl.update import Update
 
@@ -40,6 +43,7 @@ class DataOwner:
         self.bundle = bundle
         self.model = network_of(bundle, frozen_dtype, device)
         self._received = {name: p.detach().clone() for name, p in self._parameters().items()}
+        self._patched: EmulatorLora | None = None
 
     @classmethod
     def open(
@@ -91,6 +95,33 @@ class DataOwner:
             for name, value in tensors.items():
                 parameters[name].copy_(value)
 
+    def patch(self, patch: Patch | None) -> None:
+        """Put a patch's factors on the emulator, in place of those of an earlier one; None leaves the bare emulator.
+
+        They are frozen. ``UpdateError`` if the patch is for another bundle or doesn't fit; then none is on it.
+        """
+        if self._patched is not None:
+            self._patched.remove()
+            self._patched = None
+        if patch is None:
+            return
+        if patch.bundle != self.bundle.digest:
+            raise UpdateError(f"the patch is for bundle {patch.bundle[:12]}, this one is {self.bundle.digest[:12]}")
+        inside = EmulatorLora(self.model, self.plan, patch.options)
+        try:
+            inside.load(patch.tensors)
+        except UpdateError:
+            inside.remove()
+            raise
+        self._patched = inside
+
+    @property
+    def patch_digest(self) -> str | None:
+        """The digest of the factors as they are in the network now; None where the emulator is bare."""
+        if self._patched is None:
+            return None
+        return digest_of(self._patched.tensors(), self.bundle.digest, self._patched.options)
+
     def lora(
         self, options: LoraOptions, seed: int = 0, factors: Mapping[str, torch.Tensor] | None = None
     ) -> AdapterLora:
@@ -112,6 +143,9 @@ class DataOwner:
         *,
         validation: Source | None = None,
         start: Mapping[str, torch.Tensor] | None = None,
+        merge: bool = True,
+        towards: Mapping[str, torch.Tensor] | None = None,
+        correction: Mapping[str, torch.Tensor] | None = None,
     ) -> Update:
         """Tune the adapter (or LoRA factors inside it) on private data and return the update.
 
@@ -121,18 +155,29 @@ class DataOwner:
             validation: data to watch for early stopping; else ``config.validation_share`` of ``source`` is set aside.
             start: values to begin with, as an earlier :class:`Update` carries them; None begins with the adapter as it
                 is now (under LoRA: with fresh factors on the adapter that came in the bundle). The proximal term, if
-                any, pulls towards these.
+                any, pulls towards these. With ``config.lora_fresh`` these are values of the full adapter, on top of
+                which fresh factors are tuned.
+            merge: what ``config.lora_fresh`` hands back: True the full adapter with the factors merged, False the
+                factors alone, for whoever knows ``start`` and merges them.
+            towards: values under the names of the result that the proximal term pulls towards instead of ``start``.
+            correction: added to every step's gradient, see :func:`offsite_fl.tuning.tune.tune`.
         """
         config = config or TuneConfig()
         train = self._examples(source, config)
         held_out = self._examples(validation, config) if validation is not None else None
-        if config.lora is not None:
+        if config.kept_lora is not None:
             self.reset()
         elif start is not None:
             self.load_adapter(start)
             start = None
-        done = tune_adapter(self.model, self.plan, train, config, validation=held_out, pad_id=self.pad_id, start=start)
-        return Update(done.tensors, self.bundle.digest, done.examples, config.lora, done.metrics)
+        before = self.adapter() if config.lora_fresh and merge else {}
+        more = {"start": start, "towards": towards, "correction": correction}
+        done = tune_adapter(self.model, self.plan, train, config, validation=held_out, pad_id=self.pad_id, **more)
+        tensors, lora = done.tensors, config.lora
+        if before and lora is not None:
+            targets = target_weights(adapter_blocks(self.model, self.plan), lora)
+            tensors, lora = added(before, tensors, targets, lora.alpha / lora.rank), None
+        return Update(tensors, self.bundle.digest, done.examples, lora, done.metrics)
 
     def _examples(self, source: Source, config: TuneConfig) -> Dataset:
         return to_examples(source, self.tokenizer, block_size=config.block_size, loss_on=config.loss_on)
@@ -165,19 +210,29 @@ def tune_adapter(
     validation: Dataset | None = None,
     pad_id: int = 0,
     start: Mapping[str, torch.Tensor] | None = None,
+    towards: Mapping[str, torch.Tensor] | None = None,
+    correction: Mapping[str, torch.Tensor] | None = None,
 ) -> TuneResult:
     """Tune the adapter of ``network``, or LoRA factors inside it where ``config`` asks for them.
 
-    ``start`` are LoRA factors to begin with (None: fresh ones); the factors are taken out again at the end.
+    ``start`` are LoRA factors to begin with (None: fresh ones); the factors are taken out again at the end. The result
+    has both factors of every linear, also where ``config.lora_train`` leaves one of them as it was. ``towards`` and
+    ``correction``: see :meth:`DataOwner.tune`.
     """
+
+    def tuned(trained: Mapping[str, nn.Parameter], beside: Mapping[str, nn.Parameter] | None = None) -> TuneResult:
+        more = {"received": towards, "correction": correction}
+        return tune(network, trained, train, config, validation=validation, pad_id=pad_id, beside=beside, **more)
+
     if config.lora is None:
-        parameters = adapter_parameters(network, plan)
-        return tune(network, parameters, train, config, validation=validation, pad_id=pad_id)
+        return tuned(adapter_parameters(network, plan))
     inside = add_lora(adapter_blocks(network, plan), config.lora, config.seed)
     try:
         if start is not None:
             inside.load(start)
-        return tune(network, inside.parameters(), train, config, validation=validation, pad_id=pad_id)
+        trained, every = inside.parameters(config.lora_train), inside.parameters()
+        beside = {name: every[name] for name in every if name not in trained}
+        return replace(tuned(trained, beside), tensors=inside.tensors())
     finally:
         inside.remove()
 

@@ -40,5 +40,9 @@ class WireError(OffsiteError):
     """A Flower message doesn't hold what the protocol says."""
 
 
+class StateError(OffsiteError):
+    """What a site keeps between rounds is lost, damaged, or of another round than the server counts on."""
+
+
 class CheckpointError(OffsiteError):
     """A run folder can't be resumed from."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from datasets import Dataset, concatenate_datasets  # type: ignore[import-untyped,unused-ignore]
@@ -22,6 +21,7 @@ from offsite_fl.errors import DataError, UpdateError
 from offsite_fl.evaluation.loss import LossResult, evaluate_loss
 from offsite_fl.evaluation.rows import Row
 from offsite_fl.owner import ModelOwner
+from offsite_fl.patch import Patch
 from offsite_fl.repair import Repair
 from offsite_fl.tuning.dtypes import resolve_device
 from offsite_fl.tuning.tune import tune
@@ -66,6 +66,7 @@ class Measure:
         self.device = resolve_device(TuneConfig(device=device))
         # fp32 like the full model, so that the rows differ by what they are about and not by their dtype.
         self._data_owner = DataOwner.open(owner.bundle, "float32")
+        self._patch: Patch | None = None
         owner.model.to(self.device)
 
     @property
@@ -77,17 +78,23 @@ class Measure:
         result: LossResult = evaluate_loss(model.to(self.device), self.batches, self.device, progress=self.progress)
         return Row(loss=result.loss)
 
+    def use_patch(self, patch: Patch | None) -> None:
+        """From now on measure tuned adapters in the emulator with this patch on it, which the data owners have."""
+        self._patch = patch
+
     def full_zero_shot(self) -> Row:
         """The full model as it is."""
         return self._row(self.owner.model)
 
     def emulator_zero_shot(self) -> Row:
-        """The emulator with the adapter as handed out."""
+        """The emulator with the adapter as handed out, both of them."""
+        self._data_owner.patch(None)
         self._data_owner.reset()
         return self._row(self._data_owner.model)
 
     def emulator_tuned(self, tensors: Tensors, lora: LoraOptions | None = None) -> Row:
         """The emulator with a tuned adapter: what the data owners have in their hands."""
+        self._data_owner.patch(self._patch)
         self._data_owner.load_adapter(self.owner.adapter_values(tensors, lora))
         return self._row(self._data_owner.model)
 
@@ -104,7 +111,7 @@ class Measure:
             model,
             dict(model.named_parameters()),
             train,
-            replace(config, lora_rank=0),
+            config.without_lora(),
             pad_id=pad_id_of(self.owner.tokenizer),
         )
         return self._row(model)

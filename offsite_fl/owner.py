@@ -27,14 +27,14 @@ from offsite_fl.data.loader import make_loader, pad_id_of
 from offsite_fl.data.sources import Source
 from offsite_fl.data_owner import DataOwner, network_of, tune_adapter
 from offsite_fl.emulators import Batch, Context, Emulator, EmulatorMethod, parse_emulator, start
-from offsite_fl.emulators.report import EmulatorReport, emulator_report, planned_network
+from offsite_fl.emulators.report import EmulatorReport, emulator_report, private_network
 from offsite_fl.errors import ModelError, SplitError, UpdateError
 from offsite_fl.models.blocks import Blocks, block_list, find_blocks
 from offsite_fl.models.load import load_model
 from offsite_fl.models.network import (
     NetworkPlan,
-    adapter_parameters,
     expected_tensors,
+    known_task,
     plan_network,
     shared_tensors,
 )
@@ -42,7 +42,7 @@ from offsite_fl.models.plug import adapter_tensors, plug_in, swapped_in
 from offsite_fl.models.split import Split
 from offsite_fl.repair import Repair
 from offsite_fl.tuning.dtypes import resolve_device
-from offsite_fl.tuning.lora import add_lora, merge_lora
+from offsite_fl.tuning.lora import add_lora, merge_lora, target_weights
 from offsite_fl.update import Update
 
 
@@ -60,28 +60,31 @@ class ModelOwner:
         tokenizer: PreTrainedTokenizerBase,
         split: Split | None = None,
         *,
-        task: str = "causal-lm",
+        task: str | None = None,
     ) -> None:
+        """Check that ``model`` can be cut at ``split`` and rebuilt by a data owner; ``task`` None goes by its class."""
         if hasattr(model, "peft_config"):
             raise ModelError(
                 "the model is wrapped by PEFT, and its factors can't leave as blocks: merge them first, by "
                 "model.merge_and_unload()"
             )
-        self.model, self.tokenizer, self.task = model.eval(), tokenizer, task
+        self.model, self.tokenizer, self.task = model.eval(), tokenizer, known_task(model, task)
         self.split = split or Split()
         self.blocks: Blocks = find_blocks(model)
         self.adapter_indices: tuple[int, ...] = self.split.resolve(self.blocks.depth)
         self.report: EmulatorReport | None = None
         self.emulator = ""
         self.bundle: Bundle | None = None
+        self._plan(start(self.context()))  # a model that no client could rebuild is refused before any work is done
         self._handed_out = self.adapter()
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, split: Split | None = None, *, task: str = "causal-lm", device: str | None = None
+        cls, path: str | Path, split: Split | None = None, *, task: str | None = None, device: str | None = None
     ) -> ModelOwner:
         """Load a full model from a folder, a hub id, or ``"smollm2"`` (the one that a Python package ships).
 
+        ``task`` is a key of :data:`~offsite_fl.models.tasks.TASKS`; None takes the one that the folder's config names.
         The emulator is made on ``device`` (None: CUDA or MPS where there is one, else the CPU).
         """
         model, tokenizer = load_model(path, task)
@@ -252,6 +255,10 @@ class ModelOwner:
         inside = add_lora(self._adapter_copies(), lora, seed)
         return {name: p.detach().float().cpu().clone() for name, p in inside.parameters().items()}
 
+    def lora_targets(self, lora: LoraOptions) -> dict[str, bool]:
+        """Slot names of the adapter's weights that ``lora`` gives factors, and whether each is stored transposed."""
+        return target_weights(self._adapter_copies(), lora)
+
     def adapter_values(
         self, tensors: Mapping[str, torch.Tensor], lora: LoraOptions | None = None, repair: Repair | None = None
     ) -> dict[str, torch.Tensor]:
@@ -280,15 +287,12 @@ class ModelOwner:
         steps. Takes as long as two data owners do, and the memory of the full model and the emulator.
         """
         bundle = self._handed_out_bundle()
-        config = replace(config, validation_share=0.0, patience=None, schedule_offset=0)
+        config = replace(config, validation_share=0.0, patience=None, schedule_offset=0, lora_fresh=False)
         examples = to_examples(public, self.tokenizer, block_size=config.block_size, loss_on=config.loss_on)
         on_emulator = DataOwner.open(bundle, config.frozen_dtype, config.device).tune(examples, config)
         context = self.context()
-        network, plan = planned_network(start(context), context)
-        with torch.no_grad():
-            for name, parameter in adapter_parameters(network, plan).items():
-                # Private values: training writes to them, and the owner's model may have an update plugged in.
-                parameter.data = self._handed_out[name].to(parameter.device, copy=True)
+        # The values that were handed out, since the owner's model may have an update plugged in by now.
+        network, plan = private_network(start(context), context, self._handed_out)
         pad_id = pad_id_of(self.tokenizer)
         on_full = tune_adapter(network, plan, examples, config, pad_id=pad_id)
         ours = self.adapter_values(on_emulator.tensors, config.lora)

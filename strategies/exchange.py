@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from flwr.app import ConfigRecord, Message, Metadata, RecordDict
@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 
 from offsite_fl.evaluation.ledger import Kind
 from offsite_fl.wire import names
-from offsite_fl.wire.records import text
+from offsite_fl.wire.records import records_of, text
 
 from .journal import Journal
 
@@ -37,6 +37,7 @@ class Mailing:
     """The messages of one exchange. Flower gives a message its id when it is pushed, so ids are looked up late."""
 
     sent: dict[int, Metadata] = field(default_factory=dict)
+    heard_of: set[int] = field(default_factory=set)
 
     @classmethod
     def of(cls, messages: Iterable[Message]) -> Mailing:
@@ -50,35 +51,41 @@ class Mailing:
                 return node
         return int(reply.metadata.src_node_id)
 
+    def opened(self, replies: Iterable[Message]) -> Iterator[Answer | NoAnswer]:
+        """What each reply is, as they come; the first one of a node counts. Holds on to none of them."""
+        return map(self._open, replies)
+
+    def _open(self, reply: Message) -> Answer | NoAnswer:
+        node = self.sender(reply)
+        if node not in self.sent:
+            return NoAnswer(node, "answered without being asked")
+        if node in self.heard_of:
+            return NoAnswer(node, "answered twice; the first answer counts")
+        self.heard_of.add(node)
+        if reply.has_error():
+            return NoAnswer(node, error_text(reply), reply.error.code)
+        if not reply.has_content():
+            return NoAnswer(node, "an answer without content")
+        return Answer(node, reply)
+
+    def missing(self, reason: str) -> list[NoAnswer]:
+        """The nodes that weren't heard of so far, each with ``reason``; from now on they count as heard of."""
+        silent = [node for node in self.sent if node not in self.heard_of]
+        self.heard_of.update(silent)
+        return [NoAnswer(node, reason) for node in silent]
+
     def sort(self, replies: Iterable[Message]) -> tuple[list[Answer], list[NoAnswer]]:
         """Answers, one a node in the order of the mailing, and for all other nodes and replies the reason."""
-        first: dict[int, Message] = {}
-        bad: list[NoAnswer] = []
-        for reply in replies:
-            node = self.sender(reply)
-            if node not in self.sent:
-                bad.append(NoAnswer(node, "answered without being asked"))
-            elif node in first:
-                bad.append(NoAnswer(node, "answered twice; the first answer counts"))
-            else:
-                first[node] = reply
-        good = []
-        for node in self.sent:
-            if node not in first:
-                bad.append(NoAnswer(node, "no answer in time"))
-            elif first[node].has_error():
-                bad.append(NoAnswer(node, error_text(first[node]), first[node].error.code))
-            elif not first[node].has_content():
-                bad.append(NoAnswer(node, "an answer without content"))
-            else:
-                good.append(Answer(node, first[node]))
-        return good, bad
+        found = list(self.opened(replies))
+        answers = {answer.node: answer for answer in found if isinstance(answer, Answer)}
+        bad = [each for each in found if isinstance(each, NoAnswer)] + self.missing("no answer in time")
+        return [answers[node] for node in self.sent if node in answers], bad
 
 
 def error_text(reply: Message) -> str:
     """The reason of an error reply on one line."""
     reason = text(reply.error.reason or "", "reason") or "no reason given"
-    if reply.error.code in (names.REFUSED, names.BUNDLE_MISSING, names.NO_VALIDATION):
+    if reply.error.code in (names.REFUSED, names.BUNDLE_MISSING, names.PATCH_MISSING, names.NO_VALIDATION):
         return reason
     return f"error {reply.error.code}: {reason}"
 
@@ -105,5 +112,5 @@ def ask(
 
 def config_of(content: RecordDict) -> ConfigRecord:
     """The entries of the only config record of a reply; empty where there is none, as custom client apps have it."""
-    records = list(content.config_records.values())
+    records = list(records_of(content, ConfigRecord).values())
     return records[0] if len(records) == 1 else ConfigRecord()

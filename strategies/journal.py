@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
-from flwr.app import RecordDict
+from flwr.app import ConfigRecord, RecordDict
 
 from offsite_fl.errors import OffsiteError, WireError
 from offsite_fl.evaluation.ledger import Direction, Kind, Ledger
 from offsite_fl.evaluation.rounds import Dropped, RoundRecord
 from offsite_fl.wire import names
-from offsite_fl.wire.records import count_bytes, text
+from offsite_fl.wire.records import count_bytes, records_of, text
 
 # Under Flower's own logger, so that our lines go where its lines go.
 log = logging.getLogger("flwr.offsite")
@@ -26,7 +26,8 @@ class NodeNames:
 
     def learn(self, node: int, content: RecordDict) -> None:
         """Take the name out of a reply, if it has one; a name that another node has is made unique."""
-        claim = next((c.get(names.CLIENT) for c in content.config_records.values() if names.CLIENT in c), None)
+        configs = records_of(content, ConfigRecord).values()
+        claim = next((c.get(names.CLIENT) for c in configs if names.CLIENT in c), None)
         try:
             name = text(claim, names.CLIENT)[:100]
         except OffsiteError:
@@ -76,10 +77,25 @@ class Journal:
         if rest:
             self.ledger.add(server_round, "metrics", direction, self.nodes[node], rest)
 
+    def last_used(self, node: int, weight_key: str) -> int:
+        """The last round whose aggregate has a reply of this node in it, 0 if there is none.
+
+        Goes by the node's name, so it holds after a resume, where nodes have other numbers.
+        """
+        name = self.nodes[node]
+        used = [r.round for r in self.rounds if not r.skipped and weight_key in r.clients.get(name, {})]
+        return max(used, default=0)
+
     def drop(self, server_round: int, node: int, reason: str) -> None:
         """Note that a node's reply isn't used."""
         log.warning("round %d: the reply of %s is left out: %s", server_round, self.nodes[node], reason)
         self.record(server_round).dropped.append(Dropped(self.nodes[node], reason))
+
+    def clipped(self, server_round: int, count: int) -> None:
+        """Note how many replies had their update scaled down to the bound."""
+        if count:
+            log.info("round %d: %d updates are scaled down to the bound", server_round, count)
+        self.record(server_round).clipped = count
 
     def skip(self, server_round: int, reason: str) -> None:
         """Note that a round leaves the adapter as it was."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.exception import PrivacyBudgetExhausted
 from flwr.serverapp.strategy import Result
@@ -77,11 +76,6 @@ def run(strategy: OffsiteTuning, grid: Grid, plan: Plan) -> Result:
     return result
 
 
-def _exchange(grid: Grid, messages: Iterable[Message], timeout: float) -> Iterable[Message]:
-    ready = list(messages)
-    return grid.send_and_receive(ready, timeout=timeout) if ready else []
-
-
 def _copy(config: ConfigRecord | None) -> ConfigRecord:
     # Strategies write into the record they get; the next round must begin with the caller's own.
     return ConfigRecord(dict(config or {}))
@@ -89,7 +83,7 @@ def _copy(config: ConfigRecord | None) -> ConfigRecord:
 
 def _train(strategy: OffsiteTuning, grid: Grid, result: Result, plan: Plan, server_round: int) -> None:
     messages = strategy.configure_train(server_round, result.arrays, _copy(plan.train_config), grid)
-    arrays, metrics = strategy.aggregate_train(server_round, _exchange(grid, messages, plan.timeout))
+    arrays, metrics = strategy.aggregate_train(server_round, strategy.waiting.exchange(grid, messages, plan.timeout))
     if arrays is not None:
         result.arrays = arrays
         strategy.state = strategy.tensors_of(arrays)
@@ -100,7 +94,7 @@ def _train(strategy: OffsiteTuning, grid: Grid, result: Result, plan: Plan, serv
 
 def _evaluate(strategy: OffsiteTuning, grid: Grid, result: Result, plan: Plan, server_round: int) -> None:
     messages = strategy.configure_evaluate(server_round, result.arrays, _copy(plan.evaluate_config), grid)
-    metrics = strategy.aggregate_evaluate(server_round, _exchange(grid, messages, plan.timeout))
+    metrics = strategy.aggregate_evaluate(server_round, strategy.waiting.exchange(grid, messages, plan.timeout))
     if metrics is not None:
         log.info("\t└──> Aggregated MetricRecord: %s", metrics)
         result.evaluate_metrics_clientapp[server_round] = metrics

@@ -1,4 +1,4 @@
-"""Flower's strategies by name, with the options of their constructors: ``fedadam:eta=0.01,beta-1=0.9``."""
+"""Strategies by name, Flower's and our own, with the options of their constructors: ``fedadam:eta=0.01,beta-1=0.9``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,29 @@ from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import Strategy
 
 from offsite_fl.config import kebab
+from offsite_fl.emulators.spec import MethodHelp, OptionHelp
 from offsite_fl.errors import ConfigError
 from offsite_fl.registry import Registry, near
+
+from .ditto import Ditto
+from .fedbiot import FedBiOT
+from .fednova import FedNova
+from .fedot import FedOT
+from .fedper import FedPer
+from .ffa_lora import FFALoRA
+from .flexlora import FlexLoRA
+from .flora import FLoRA
+from .rolora import RoLoRA
+from .scaffold import Scaffold
+
+# How an option's text is read, by its type.
+_READ: dict[Any, Callable[[str], Any]] = {
+    int: int,
+    float: float,
+    str: str,
+    bool: {"true": True, "false": False}.__getitem__,
+}
+RECORD_KEYS = ("weighted_by_key", "arrayrecord_key", "configrecord_key", "train_loss_key")  # for code, not for a spec
 
 STRATEGIES: Registry[Callable[..., Strategy]] = Registry("strategy")
 
@@ -28,6 +49,16 @@ for _name, _class in {
     "multikrum": flower.MultiKrum,
     "bulyan": flower.Bulyan,
     "qfedavg": flower.QFedAvg,
+    "scaffold": Scaffold,
+    "fednova": FedNova,
+    "fedper": FedPer,
+    "fedot": FedOT,
+    "fedbiot": FedBiOT,
+    "ditto": Ditto,
+    "flora": FLoRA,
+    "flexlora": FlexLoRA,
+    "ffa-lora": FFALoRA,
+    "rolora": RoLoRA,
 }.items():
     STRATEGIES.register(_name)(_class)
 
@@ -57,18 +88,47 @@ def make_strategy(spec: str, **defaults: Any) -> Strategy:
     return build(**values)
 
 
+def describe_strategies() -> tuple[MethodHelp, ...]:
+    """Every known strategy by name, with the first line of its docstring and its options."""
+    return tuple(_describe(name, STRATEGIES[name]) for name in STRATEGIES)
+
+
+def _describe(name: str, build: Callable[..., Strategy]) -> MethodHelp:
+    summary = (inspect.getdoc(build) or "").partition("\n")[0]
+    options = (
+        OptionHelp(key, _kind(p).__name__, None if p.default is p.empty else str(p.default))
+        for key, p in _options(build).items()
+    )
+    return MethodHelp(name, summary, tuple(options))
+
+
 def _options(build: Callable[..., Strategy]) -> dict[str, inspect.Parameter]:
-    """The scalar arguments of a strategy's constructor by their key in a spec."""
-    hints = inspect.get_annotations(build.__init__, eval_str=True)
-    parameters = inspect.signature(build).parameters
-    return {
-        kebab(name): parameters[name] for name, hint in hints.items() if name in parameters and hint in (int, float)
-    }
+    """The scalar arguments of a strategy's constructor by their key in a spec.
+
+    A constructor that takes ``**`` has those of the class above it as well.
+    """
+    found: dict[str, inspect.Parameter] = {}
+    for kind in inspect.getmro(build) if inspect.isclass(build) else ():
+        construct = vars(kind).get("__init__")
+        if construct is None:
+            continue
+        hints, parameters = inspect.get_annotations(construct, eval_str=True), inspect.signature(construct).parameters
+        for name, parameter in parameters.items():
+            if hints.get(name) in _READ and name not in RECORD_KEYS:
+                found.setdefault(kebab(name), parameter.replace(annotation=hints[name]))
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return found
 
 
-def _convert(text: str, parameter: inspect.Parameter, where: str) -> float:
-    kind = int if parameter.annotation in (int, "int") else float
+def _convert(text: str, parameter: inspect.Parameter, where: str) -> Any:
+    kind = _kind(parameter)
     try:
-        return kind(text)
-    except ValueError:
+        return _READ[kind](text)
+    except (ValueError, KeyError):
         raise ConfigError(f"{where} = {text!r} must be of type {kind.__name__}") from None
+
+
+def _kind(parameter: inspect.Parameter) -> type:
+    found: type = parameter.annotation
+    return found

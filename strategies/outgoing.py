@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
-from offsite_fl.config import TuneConfig, from_mapping, to_mapping
+from offsite_fl.config import Factors, TuneConfig, from_mapping, to_mapping
 from offsite_fl.errors import ConfigError
+from offsite_fl.tuning.lora import trained_names
 from offsite_fl.wire import names
+from offsite_fl.wire.beside import parted
 from offsite_fl.wire.codecs import decode, encode
 from offsite_fl.wire.records import only_arrays, only_config
+from offsite_fl.wire.replies import FreshFactors, read_reply
 from offsite_fl.wire.settings import tune_of_round, tune_to_config
 
 from .exchange import Mailing
@@ -23,12 +26,20 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Form:
-    """How adapter values travel in a run: codec, the values it measures differences from, and what goes with them."""
+    """How adapter values travel in a run: codec, the values it measures differences from, and what goes with them.
+
+    ``reference`` has the names of the run's state, which is what travels down. Replies carry the same, or one of the
+    two factors of each linear, or, with ``fresh``, factors on top of the state. Where clients run ``algorithm`` instead
+    of plain tuning, ``reference`` has what it lets travel of the state, and ``beside`` what travels beside that.
+    """
 
     digest: str
     codec: str
     reference: Tensors
     tune: TuneConfig
+    fresh: FreshFactors | None = None
+    beside: Tensors = field(default_factory=dict)
+    algorithm: str | None = None
 
     def plain(self, arrays: ArrayRecord) -> dict[str, torch.Tensor]:
         """fp32 tensors of the record that the wrapped strategy works with."""
@@ -38,23 +49,46 @@ class Form:
         """``tune.*`` of a round; entries that the caller put into Flower's ``train_config`` win."""
         given = {key: value for key, value in config.items() if key.startswith(names.TUNE)}
         tune = from_mapping(TuneConfig, to_mapping(self.tune, names.TUNE) | given, names.TUNE)
-        if tune.lora != self.tune.lora:
+        if (tune.lora, tune.lora_fresh) != (self.tune.lora, self.tune.lora_fresh):
             raise ConfigError("the LoRA settings can't change between rounds: the same tensors travel in all of them")
         return tune_to_config(tune_of_round(tune, server_round))
+
+    def read(self, arrays: ArrayRecord, config: ConfigRecord, sent: Tensors, train: Factors) -> dict[str, torch.Tensor]:
+        """The state that a reply stands for, fp32; ``train``: the factors that this round trains."""
+        if self.fresh is not None:
+            return self.fresh.read(arrays, config, self.codec, sent)
+        return read_reply(arrays, config, self.codec, self.reference, sent, train)
+
+    def read_beside(self, arrays: ArrayRecord, config: ConfigRecord) -> dict[str, torch.Tensor]:
+        """What a reply carries beside the state, fp32."""
+        return decode(arrays, config, self.beside, self.codec)
 
 
 @dataclass
 class Outgoing:
-    """The messages of one exchange, and the adapter values that the nodes see after decoding."""
+    """The messages of one exchange, and the adapter values that the nodes see after decoding.
+
+    Fresh factors are a change, so there ``sent`` is the state as the server has it: what the codec rounds on the way
+    down is not lost from it. ``train`` says which LoRA factors the messages ask for.
+    """
 
     messages: list[Message] = field(default_factory=list)
     sent: Tensors = field(default_factory=dict)
     mailing: Mailing = field(default_factory=Mailing)
+    train: Factors = "both"
 
     def posted(self) -> list[Message]:
         """Hand the messages over, keeping only what is needed to recognise the replies."""
         messages, self.messages = self.messages, []
         return messages
+
+    def with_kept(self, arrays: ArrayRecord) -> ArrayRecord:
+        """``arrays`` with the factors that weren't trained as they were sent: an average of equal values rounds."""
+        if self.train == "both":
+            return arrays
+        trained = set(trained_names(arrays, self.train))
+        kept = {name: self.sent[name] for name in arrays if name not in trained}
+        return ArrayRecord({**arrays, **encode(kept, kept)[0]})
 
 
 def prepare(messages: list[Message], form: Form, server_round: int, without: Container[int]) -> Outgoing:
@@ -64,6 +98,7 @@ def prepare(messages: list[Message], form: Form, server_round: int, without: Con
     """
     outgoing = Outgoing()
     encoded: dict[int, tuple[ArrayRecord, ConfigRecord]] = {}
+    state: Tensors = {}
     tuning: dict[int, dict[str, Any]] = {}
     for message in messages:
         node = message.metadata.dst_node_id
@@ -71,7 +106,10 @@ def prepare(messages: list[Message], form: Form, server_round: int, without: Con
             continue
         arrays, config = only_arrays(message.content)[1], only_config(message.content)[1]
         if id(arrays) not in encoded:
-            encoded[id(arrays)] = encode(form.plain(arrays), form.reference, form.codec)
+            own, beside = parted(arrays)
+            state = form.plain(own)
+            every = {**state, **decode(beside, ConfigRecord(), form.beside, "fp32")}
+            encoded[id(arrays)] = encode(every, {**form.reference, **form.beside}, form.codec)
         if id(config) not in tuning:
             tuning[id(config)] = form.settings(config, server_round)
         wired, notes = encoded[id(arrays)]
@@ -79,6 +117,14 @@ def prepare(messages: list[Message], form: Form, server_round: int, without: Con
         content = RecordDict({names.ARRAYS: wired, names.CONFIG: settings})
         outgoing.messages.append(Message(content, node, message.metadata.message_type, group_id=str(server_round)))
     for wired, notes in encoded.values():
-        outgoing.sent = decode(wired, notes, form.reference, form.codec)
+        own = parted(wired)[0]
+        outgoing.sent = decode(own, notes, form.reference, form.codec) if form.fresh is None else state
+    outgoing.train = _agreed([settings[names.TUNE + "lora-train"] for settings in tuning.values()])
     outgoing.mailing = Mailing.of(outgoing.messages)
     return outgoing
+
+
+def _agreed(asked: list[Factors]) -> Factors:
+    if len(set(asked)) > 1:
+        raise ConfigError(f"the messages of one round ask for different LoRA factors: {sorted(set(asked))}")
+    return asked[0] if asked else "both"

@@ -8,21 +8,27 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
+from offsite_fl.config import Factors
 from offsite_fl.errors import OffsiteError, WireError
 from offsite_fl.wire import names
-from offsite_fl.wire.codecs import decode, encode
+from offsite_fl.wire.beside import parted
+from offsite_fl.wire.codecs import encode
 from offsite_fl.wire.records import only_arrays, only_metrics
 
 from .exchange import Answer, config_of
+from .norms import clipped, update_norm
 from .outgoing import Form
 
 Tensors = Mapping[str, torch.Tensor]
+Records = Mapping[str, ArrayRecord | MetricRecord]
+# Takes the tensors of a good reply, all checked, and its weight.
+Fold = Callable[[Tensors, float], object]
 
 # No data owner has more examples; sums of such weights stay exact, while huge ones would make every average zero.
 MAX_WEIGHT = 1e12
@@ -33,55 +39,78 @@ class Expected:
     """What a good train reply looks like.
 
     ``sent`` are the adapter values that the nodes got (after the codec). ``max_update_norm`` bounds the L2 norm of
-    (reply - sent), over all tensors together.
+    (reply - sent), over all tensors together; ``clip_update_norm`` scales it down instead. ``train``: the LoRA factors
+    that this round trains.
     """
 
     sent: Tensors
     form: Form
     weight_key: str = names.NUM_EXAMPLES
     max_update_norm: float | None = None
+    train: Factors = "both"
+    clip_update_norm: float | None = None
 
 
 @dataclass
 class Screened:
-    """Replies that passed, as messages in the wrapped strategy's form, and the rest by node with the reason."""
+    """Replies that passed, as messages in the wrapped strategy's form, and the rest by node with the reason.
+
+    ``norms``: L2 norm of (reply - sent) by node, before clipping.
+    """
 
     good: list[tuple[int, Message]] = field(default_factory=list)
     bad: list[tuple[int, str]] = field(default_factory=list)
+    norms: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def good_norms(self) -> list[float]:
+        """The norms of the good ones."""
+        return [self.norms[node] for node, _ in self.good]
 
 
-def screen_train(answers: Iterable[Answer], expected: Expected) -> Screened:
-    """Decode train replies to fp32 and keep those that have exactly the tensors asked for, finite, and sane metrics."""
-    screened = Screened()
+def screen_train(
+    answers: Iterable[Answer], expected: Expected, fold: Fold | None = None, enough: int | None = None
+) -> Screened:
+    """Decode train replies to fp32 and keep those that have exactly the tensors asked for, finite, and sane metrics.
+
+    With ``fold``, the tensors of a good reply go there and nowhere else: what is kept has the metrics alone. It counts
+    even if it lacks a metric that most have, for then it is already folded in. Stops at ``enough`` good replies.
+    """
+    norms: dict[int, float] = {}
+
+    def read(answer: Answer) -> Records:
+        tensors, arrays_key, norm = _tensors(answer.message, expected)
+        key, metrics = _metrics(answer.message, expected.weight_key)
+        norms[answer.node] = norm
+        if fold is None:
+            return {arrays_key: encode(tensors, tensors, "fp32")[0], key: metrics}
+        fold(tensors, float(metrics[expected.weight_key]))  # type: ignore[arg-type]
+        return {key: metrics}
+
+    return _agree(_screen(answers, read, enough, norms), folded=fold is not None)
+
+
+def screen_evaluate(answers: Iterable[Answer], weight_key: str, enough: int | None = None) -> Screened:
+    """Keep evaluate replies with sane metrics. Stops at ``enough`` good ones."""
+    return _agree(_screen(answers, lambda answer: dict([_metrics(answer.message, weight_key)]), enough, {}))
+
+
+def _screen(
+    answers: Iterable[Answer], read: Callable[[Answer], Records], enough: int | None, norms: dict[int, float]
+) -> Screened:
+    """Each reply as ``read`` has it, or the reason why that can't be done."""
+    screened = Screened(norms=norms)
     for answer in answers:
         try:
-            tensors, arrays_key = _tensors(answer.message, expected)
-            key, metrics = _metrics(answer.message, expected.weight_key)
+            screened.good.append((answer.node, with_records(answer.message, read(answer))))
         except OffsiteError as error:
             screened.bad.append((answer.node, str(error)))
-            continue
         except Exception as error:  # a foreign party built this reply: whatever it breaks is its own fault
             screened.bad.append((answer.node, f"malformed reply ({type(error).__name__}: {error})"))
-            continue
-        arrays = encode(tensors, tensors, "fp32")[0]
-        screened.good.append((answer.node, _with(answer.message, {arrays_key: arrays, key: metrics})))
-    return _agree(screened)
-
-
-def screen_evaluate(answers: Iterable[Answer], weight_key: str) -> Screened:
-    """Keep evaluate replies with sane metrics."""
-    screened = Screened()
-    for answer in answers:
-        try:
-            key, metrics = _metrics(answer.message, weight_key)
-        except OffsiteError as error:
-            screened.bad.append((answer.node, str(error)))
-            continue
-        except Exception as error:  # as above
-            screened.bad.append((answer.node, f"malformed reply ({type(error).__name__}: {error})"))
-            continue
-        screened.good.append((answer.node, _with(answer.message, {key: metrics})))
-    return _agree(screened)
+        del answer  # or it would stay in memory while the next one comes
+        if len(screened.good) == enough:
+            break
+    return screened
 
 
 def check_aggregate(arrays: ArrayRecord | None, like: Tensors) -> ArrayRecord:
@@ -102,23 +131,27 @@ def check_aggregate(arrays: ArrayRecord | None, like: Tensors) -> ArrayRecord:
     return encode(tensors, tensors, "fp32")[0]
 
 
-def _tensors(reply: Message, expected: Expected) -> tuple[dict[str, torch.Tensor], str]:
+def _tensors(reply: Message, expected: Expected) -> tuple[dict[str, torch.Tensor], str, float]:
     key, arrays = only_arrays(reply.content)
     config = config_of(reply.content)
     form = expected.form
     digest = config.get(names.DIGEST, form.digest)
     if digest != form.digest:
         raise WireError(f"tuned another bundle ({_shown(digest)[:20]}), this run has {form.digest[:12]}")
-    tensors = decode(arrays, config, form.reference, form.codec)
-    squares = 0.0
-    for name, tensor in tensors.items():
+    if config.get(names.ALGORITHM) != form.algorithm:
+        ran, asked = config.get(names.ALGORITHM, "plain tuning"), form.algorithm or "plain tuning"
+        raise WireError(f"ran {_shown(ran)}, this run asks for {asked}: sites need the client app of offsite_fl for it")
+    own, more = parted(arrays)
+    tensors, beside = form.read(own, config, expected.sent, expected.train), form.read_beside(more, config)
+    for name, tensor in {**tensors, **beside}.items():
         if not bool(torch.isfinite(tensor).all()):
             raise WireError(f"tensor {name!r} has values that aren't finite")
-        squares += float((tensor.double() - expected.sent[name].double()).square().sum())
-    bound = expected.max_update_norm
-    if bound is not None and math.sqrt(squares) > bound:
-        raise WireError(f"the update's norm is {math.sqrt(squares):.4g}, the bound is {bound:.4g}")
-    return tensors, key
+    norm, bound, clip = update_norm(tensors, expected.sent), expected.max_update_norm, expected.clip_update_norm
+    if bound is not None and norm > bound:
+        raise WireError(f"the update's norm is {norm:.4g}, the bound is {bound:.4g}")
+    if clip is not None:
+        tensors = clipped(tensors, expected.sent, norm, clip)
+    return {**tensors, **beside}, key, norm
 
 
 def _metrics(reply: Message, weight_key: str) -> tuple[str, MetricRecord]:
@@ -134,18 +167,18 @@ def _metrics(reply: Message, weight_key: str) -> tuple[str, MetricRecord]:
     return key, MetricRecord(dict(metrics))
 
 
-def _agree(screened: Screened) -> Screened:
+def _agree(screened: Screened, *, folded: bool = False) -> Screened:
     """Give all good replies the same metric names, which Flower's averaging needs.
 
-    A name that most replies have is required; one that only few have is left out of those few.
+    A name that most replies have is required, unless they are ``folded``; one that only few have is left out of those.
     """
     counts = Counter(name for _, message in screened.good for name in _metric_record(message))
     required = {name for name, count in counts.items() if 2 * count > len(screened.good)}
-    agreed = Screened(bad=list(screened.bad))
+    agreed = Screened(bad=list(screened.bad), norms=screened.norms)
     for node, message in screened.good:
         record = _metric_record(message)
         lacking = sorted(required - set(record))
-        if lacking:
+        if lacking and not folded:
             agreed.bad.append((node, f"metric {lacking[0]!r} is missing, which the other replies have"))
             continue
         for name in set(record) - required:
@@ -158,7 +191,7 @@ def _metric_record(message: Message) -> MetricRecord:
     return only_metrics(message.content)[1]
 
 
-def _with(reply: Message, records: Mapping[str, ArrayRecord | MetricRecord]) -> Message:
+def with_records(reply: Message, records: Records) -> Message:
     """A message with the metadata of ``reply`` and other content; the reply itself stays as it came."""
     message = copy.copy(reply)
     message.content = RecordDict(dict(records))

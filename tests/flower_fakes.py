@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -51,7 +52,8 @@ class Sent:
 class FakeGrid(Grid):
     """Nodes that run ``client``, one after the other.
 
-    ``nodes`` maps node ids to node configs. ``tamper`` sees every reply and may change, drop or multiply it.
+    ``nodes`` maps node ids to node configs. ``tamper`` sees every reply and may change, drop or multiply it. For those
+    who pull, a reply is there ``seconds(message)`` after the message was pushed, by ``clock``, and is made only then.
     """
 
     client: Client
@@ -59,6 +61,9 @@ class FakeGrid(Grid):
     tamper: Tamper | None = None
     log: list[Sent] = field(default_factory=list)
     contexts: dict[int, Context] = field(default_factory=dict)
+    seconds: Callable[[Message], float] = lambda message: 0.0
+    clock: Callable[[], float] = time.monotonic
+    pushed: dict[str, tuple[float, Message]] = field(default_factory=dict)
 
     def set_run(self, run: Run) -> None: ...
 
@@ -73,24 +78,37 @@ class FakeGrid(Grid):
         return list(self.nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        raise AssertionError("strategies use send_and_receive")
+        ids = []
+        for message in messages:
+            ids.append(self._post(message))
+            self.pushed[ids[-1]] = (self.clock() + self.seconds(message), message)
+        return ids
 
-    pull_messages = push_messages
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        asked = [(i, self.pushed[i]) for i in message_ids if i in self.pushed]
+        ready = [self.pushed.pop(i)[1] for i, (when, _) in asked if when <= self.clock()]
+        return [reply for message in ready for reply in self._replies(message)]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         replies: list[Message] = []
         for message in messages:
-            message.metadata.__dict__["_message_id"] = uuid.uuid4().hex  # as Flower's own grids do
-            node = message.metadata.dst_node_id
-            arrays = sum(len(a.data) for record in message.content.array_records.values() for a in record.values())
-            self.log.append(Sent(node, message.metadata.message_type, arrays))
-            reply = self._handle(message, node)
-            if self.tamper is None:
-                replies.append(reply)
-                continue
-            made = self.tamper(reply)
-            replies.extend(made if isinstance(made, list) else [made] if made is not None else [])
+            self._post(message)
+            replies.extend(self._replies(message))
         return replies
+
+    def _post(self, message: Message) -> str:
+        message_id = uuid.uuid4().hex
+        message.metadata.__dict__["_message_id"] = message_id  # as Flower's own grids do
+        arrays = sum(len(a.data) for record in message.content.array_records.values() for a in record.values())
+        self.log.append(Sent(message.metadata.dst_node_id, message.metadata.message_type, arrays))
+        return message_id
+
+    def _replies(self, message: Message) -> list[Message]:
+        reply = self._handle(message, message.metadata.dst_node_id)
+        if self.tamper is None:
+            return [reply]
+        made = self.tamper(reply)
+        return made if isinstance(made, list) else [made] if made is not None else []
 
     def _handle(self, message: Message, node: int) -> Message:
         context = self.contexts.setdefault(node, Context(1, node, self.nodes[node], RecordDict(), {}))

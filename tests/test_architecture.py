@@ -19,6 +19,7 @@ RANKS = {
     "version": 0,
     "config": 1,
     "sizes": 1,
+    "patch": 2,
     "update": 2,
     "repair": 3,
     "models": 3,
@@ -31,13 +32,16 @@ RANKS = {
     "data_owner": 8,
     # Above its twin, because the owner's emulated network is the client's own. A client app knows no owner at all.
     "owner": 9,
-    "client_app": 9,
+    "local": 9,
+    "client_app": 10,
+    "alignment": 10,
     "measure": 10,
     "choosing": 11,
     "strategies": 11,
-    "cli": 12,
-    "offsite_fl": 13,  # the package's own __init__: a facade over everything, so nothing inside may import it
-    "simulations": 14,
+    "comparing": 12,
+    "cli": 13,
+    "offsite_fl": 14,  # the package's own __init__: a facade over everything, so nothing inside may import it
+    "simulations": 15,
 }
 # The registry raises errors, and errors import nothing: the one step that is allowed inside rank 0.
 SAME_RANK = {("registry", "errors")}

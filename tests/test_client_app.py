@@ -282,9 +282,9 @@ def test_data_from_code_and_its_own_validation_split(owner: ModelOwner, sites: d
     calls: list[tuple[list[Any], list[Any]]] = []
     real = DataOwner.tune
 
-    def spy(self: DataOwner, source: Any, config: Any, *, validation: Any, start: Any) -> Any:
+    def spy(self: DataOwner, source: Any, config: Any, *, validation: Any, **options: Any) -> Any:
         calls.append((source["input_ids"], validation["input_ids"] if validation is not None else []))
-        return real(self, source, config, validation=validation, start=start)
+        return real(self, source, config, validation=validation, **options)
 
     data = Dataset.from_dict({"text": [f"line {i} has the number {i * i}. " * 2 for i in range(20)]})
     tune = dataclasses.replace(TUNE, validation_share=0.25)

@@ -147,6 +147,21 @@ def test_settings_out_of_range_raise_when_made(values: dict[str, Any]) -> None:
         TuneConfig(**values)
 
 
+def test_which_factors_are_trained_and_kept() -> None:
+    config = TuneConfig(lora_rank=4, lora_train="b")
+    assert config.kept_lora == config.lora == LoraOptions(rank=4)
+    fresh = TuneConfig(lora_rank=4, lora_fresh=True)
+    assert fresh.lora == LoraOptions(rank=4) and fresh.kept_lora is None and TuneConfig().kept_lora is None
+    assert config.without_lora() == fresh.without_lora() == TuneConfig()
+    for wrong in ({"lora_train": "a"}, {"lora_fresh": True}):
+        with pytest.raises(ConfigError, match="needs a lora-rank above 0"):
+            TuneConfig(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="trains both factors"):
+        TuneConfig(lora_rank=4, lora_train="b", lora_fresh=True)
+    with pytest.raises(ConfigError, match="lora-train = 'c' isn't possible"):
+        TuneConfig(lora_rank=4, lora_train="c")  # type: ignore[arg-type]
+
+
 def test_lora_part() -> None:
     assert TuneConfig().lora is None
     config = TuneConfig(lora_rank=4, lora_alpha=8.0, lora_targets=("q_proj",))

@@ -33,7 +33,7 @@ DTYPE_NAMES = {
 # Keys of tokenizer_config.json that name other files or code. transformers would follow them out of the bundle.
 _OUTWARD = re.compile(r"auto_map|custom_.*|.*_files?")
 # Integers of a transformers config that say how often something is repeated, which costs time and memory to build.
-_LAYERS = re.compile(r"(?:n|num|max)_(?:.*_)?layers?|depth")
+_LAYERS = re.compile(r"(?:n|num|max|encoder|decoder)_(?:.*_)?layers?|depth")
 _PARTS = re.compile(r"num_.*|n_heads?|.*experts?.*")
 
 

@@ -14,10 +14,10 @@ from offsite_fl.choosing.texts import Private
 from offsite_fl.config import TuneConfig
 from offsite_fl.data_owner import tune_adapter
 from offsite_fl.emulators import Context, Emulator
-from offsite_fl.emulators.report import planned_network
+from offsite_fl.emulators.report import private_network
 from offsite_fl.errors import OffsiteError
 from offsite_fl.models.blocks import block_list
-from offsite_fl.models.network import NetworkPlan, adapter_parameters
+from offsite_fl.models.network import adapter_parameters
 from offsite_fl.models.plug import adapter_tensors
 from offsite_fl.tuning.lora import merge_lora
 from offsite_fl.tuning.tune import TuneResult
@@ -75,17 +75,6 @@ def tuned_adapter(
     # Into the owner's own values: those in the network may have been cast for tuning.
     originals = {slot: stack[index] for slot, index in enumerate(context.adapter)}
     return merge_lora(originals, done.tensors, config.lora), done
-
-
-def private_network(emulator: Emulator, context: Context) -> tuple[nn.Module, NetworkPlan]:
-    """Adapter + emulator with an adapter of its own, and its plan.
-
-    Everything that isn't adapter shares the owner's memory and must stay frozen.
-    """
-    network, plan = planned_network(emulator, context)
-    for parameter in adapter_parameters(network, plan).values():
-        parameter.data = parameter.detach().clone()
-    return network, plan
 
 
 @torch.no_grad()

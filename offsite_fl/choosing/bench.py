@@ -172,4 +172,4 @@ class Bench:
 
     def _tuning(self, lora: bool = True) -> TuneConfig:
         config = replace(self.settings.tune, progress=self.progress)
-        return config if lora else replace(config, lora_rank=0)
+        return config if lora else config.without_lora()

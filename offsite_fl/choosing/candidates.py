@@ -17,6 +17,7 @@ QUICKSTART = "low-rank:keep=0.975,targets=q_proj/k_proj/v_proj/o_proj+quantize:b
 DEFAULTS: tuple[str, ...] = (
     "layer-drop:{keep}",
     "layer-drop:{keep}+distill",
+    "layer-drop:{keep}+align:where=all",
     "first:{keep}",
     "last:{keep}",
     "random:{keep}",
@@ -28,6 +29,7 @@ DEFAULTS: tuple[str, ...] = (
     "low-rank:{keep},mode=plain",
     "low-rank:{keep}+loss-margin",
     "prune:{keep},mode=structured",
+    "prune:{keep},mode=structured+align:where=all",
     "prune:{keep},mode=magnitude",
     "quantize:{keep}",
     "quantize:bits=4,group=0",
@@ -35,6 +37,7 @@ DEFAULTS: tuple[str, ...] = (
     "quantize:mode=legacy-fake",
     "gradot:{keep}",
     "gradot:{keep},allocation=global",
+    "gradient-match:{keep}",
     "smooth:{keep},mode=prox",
     "smooth:{keep},mode=train",
     "scaleot:{keep}",

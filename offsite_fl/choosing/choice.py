@@ -91,10 +91,6 @@ class Choice:
         """Whether candidates were tuned on private data."""
         return self.zero_shot is not None
 
-    def rank_of(self, standing: Standing) -> int:
-        """Place of a candidate, from 1."""
-        return self.standings.index(standing) + 1
-
     def to_dict(self) -> dict[str, Any]:
         """What choose.json holds, in JSON's own types."""
         settings = self.settings

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from offsite_fl.cli import lists
 from offsite_fl.cli.bundle import bundle
 from offsite_fl.cli.choose import choose
+from offsite_fl.cli.compare import compare
 from offsite_fl.cli.evaluate import evaluate
 from offsite_fl.cli.inspect import inspect
 from offsite_fl.cli.output import fail
@@ -88,6 +89,7 @@ for _command, _panel in (
     (tune, DATA),
     (inspect, BOTH),
     (report, BOTH),
+    (compare, BOTH),
     (lists.emulators, BOTH),
     (lists.strategies, BOTH),
 ):

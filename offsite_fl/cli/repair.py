@@ -12,7 +12,18 @@ from offsite_fl.cli.files import check_update_file
 from offsite_fl.cli.output import AsJson, Stages, emit, line, result
 from offsite_fl.cli.parties import open_owner
 from offsite_fl.cli.plug import BundleOption
-from offsite_fl.cli.settings import BatchSize, BlockSize, LossOn, Pairs, Seed, tune_settings
+from offsite_fl.cli.settings import (
+    BatchSize,
+    BlockSize,
+    Epochs,
+    LearningRate,
+    LoraRank,
+    LossOn,
+    MaxSteps,
+    Pairs,
+    Seed,
+    tune_settings,
+)
 
 
 def repair(
@@ -26,13 +37,13 @@ def repair(
     ],
     share: Annotated[float, typer.Option(min=0, help="How much of the repair is taken out of a change.")] = 1.0,
     scale: Annotated[float, typer.Option(min=0, help="How much of what is left is plugged in.")] = 1.0,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the text (1).")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Optimiser steps: all those of a data owner.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of the data owners (1e-4).")] = None,
+    epochs: Epochs = None,
+    max_steps: MaxSteps = None,
+    lr: LearningRate = None,
     batch_size: BatchSize = None,
     block_size: BlockSize = None,
     loss_on: LossOn = None,
-    lora_rank: Annotated[int | None, typer.Option(help="That of the data owners.")] = None,
+    lora_rank: LoraRank = None,
     seed: Seed = None,
     pairs: Pairs = None,
     as_json: AsJson = False,
@@ -40,8 +51,8 @@ def repair(
     """Measure the repair: what an adapter learns only to make up for the emulator, of no use in the full model.
 
     MODEL is a folder, a hub id, or smollm2. Plays a data owner on public text, once on the emulator and once on the
-    full model, with the settings that the data owners tune with; `plug --repair` takes the difference out of an
-    update.
+    full model, with the settings that the data owners tune with and all their steps; `plug --repair` takes the
+    difference out of an update.
     """
     config = tune_settings(
         pairs,

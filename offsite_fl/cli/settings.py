@@ -20,9 +20,13 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 KEYS = ", ".join(sorted(kebab(field.name) for field in dataclasses.fields(TuneConfig)))
 
+Epochs = Annotated[float | None, typer.Option(help="Passes over the data (1).")]
+MaxSteps = Annotated[int | None, typer.Option(help="Optimiser steps, instead of epochs.")]
+LearningRate = Annotated[float | None, typer.Option(help="Learning rate (1e-4).")]
 BatchSize = Annotated[int | None, typer.Option(help="Examples in a batch.")]
 BlockSize = Annotated[int | None, typer.Option(help="Tokens in an example.")]
 LossOn = Annotated[str | None, typer.Option(help="Tokens that count: all, or answer (prompt/answer data).")]
+LoraRank = Annotated[int | None, typer.Option(help="Above 0: tune LoRA factors inside the adapter only.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed of everything random.")]
 Pairs = Annotated[
     list[str] | None,

@@ -10,7 +10,18 @@ import typer
 from offsite_fl.cli.files import check_update_file
 from offsite_fl.cli.inspect import Digest, Folder
 from offsite_fl.cli.output import AsJson, Stages, emit, line, result
-from offsite_fl.cli.settings import BatchSize, BlockSize, LossOn, Pairs, Seed, tune_settings
+from offsite_fl.cli.settings import (
+    BatchSize,
+    BlockSize,
+    Epochs,
+    LearningRate,
+    LoraRank,
+    LossOn,
+    MaxSteps,
+    Pairs,
+    Seed,
+    tune_settings,
+)
 
 
 def tune(
@@ -26,13 +37,13 @@ def tune(
         Path | None, typer.Option(metavar="FILE", help="Data to watch; the values that do best on it are kept.")
     ] = None,
     validation_share: Annotated[float | None, typer.Option(help="Or set aside this share of the data.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data (1).")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of epochs.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate (1e-4).")] = None,
+    epochs: Epochs = None,
+    max_steps: MaxSteps = None,
+    lr: LearningRate = None,
     batch_size: BatchSize = None,
     block_size: BlockSize = None,
     loss_on: LossOn = None,
-    lora_rank: Annotated[int | None, typer.Option(help="Above 0: tune LoRA factors inside the adapter only.")] = None,
+    lora_rank: LoraRank = None,
     precision: Annotated[str | None, typer.Option(help="Mixed precision: no, bf16 or fp16.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; chosen by itself if not given.")] = None,
     seed: Seed = None,

@@ -19,6 +19,7 @@ from offsite_fl.emulators.base import Batch, Context
 from offsite_fl.emulators.streams import Stream, TextBatch, merged, passing_through, read_batches, working_copy
 from offsite_fl.evaluation.loss import causal_nll, plain_head
 from offsite_fl.models.blocks import block_list
+from offsite_fl.models.tasks import need_next_token
 from offsite_fl.models.walk import BlockCall, call_block
 
 
@@ -38,6 +39,7 @@ class BackwardPass:
     """
 
     def __init__(self, context: Context, batches: Sequence[Batch], description: str) -> None:
+        need_next_token(context.model)
         self.context = context
         self.batches: list[TextBatch] = read_batches(context, batches)
         self._inputs = merged(batches)

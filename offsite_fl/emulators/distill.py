@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,6 +19,12 @@ from torch import Tensor
 
 from offsite_fl.config import check
 from offsite_fl.emulators.base import Batch, Context, Emulator, EmulatorMethod, register
+from offsite_fl.emulators.handed_back import (
+    FullMiddle,
+    handed_back_error,
+    refuse_without_front,
+    twice_differentiable,
+)
 from offsite_fl.emulators.student import Student, Teacher
 from offsite_fl.emulators.training import TrainingRun, hold_out, refuse_packed, with_values
 from offsite_fl.emulators.training_state import RunState
@@ -35,7 +41,11 @@ class Distill(EmulatorMethod):
     ``steps`` steps of AdamW, each on ``accumulate`` batches of the calibration text in a shuffled order that the seed
     fixes, with gradients clipped to norm ``clip`` (0: not) and ``weight_decay`` on weight matrices only. ``lr`` rises
     over the first ``warmup`` share of the steps, or over ``warmup_steps`` where it is given, and then follows
-    ``schedule``. A loss whose weight ``w_lm`` or ``w_kd`` is 0 isn't computed at all.
+    ``schedule``. A loss whose weight ``w_lm``, ``w_kd`` or ``w_grad`` is 0 isn't computed at all.
+
+    ``w_grad`` is ours: it adds ``w_grad * L_grad``, which compares the gradient that the emulator hands back to the
+    adapter blocks in front of it with the full middle's (:mod:`offsite_fl.emulators.handed_back`). A step then also
+    takes the full model forward and back, and the emulator's own backward pass is differentiated once more.
 
     Every ``eval_every`` steps, and at the end, the emulator is measured on the validation text (if there is none, on
     the tenth of the calibration batches that is then kept out of training): by the network's perplexity or, with
@@ -67,14 +77,16 @@ class Distill(EmulatorMethod):
     mask: bool = True
     dropout: bool = False
     decay_norms: bool = False
+    w_grad: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "eval_every", "accumulate"):
             check(getattr(self, name) >= 1, f"distill {name} must be at least 1, got {getattr(self, name)}")
         check(self.lr > 0, f"distill lr must be above 0, got {self.lr}")
-        for name in ("w_lm", "w_kd", "clip", "weight_decay"):
+        for name in ("w_lm", "w_kd", "w_grad", "clip", "weight_decay"):
             check(getattr(self, name) >= 0, f"distill {name} can't be negative, got {getattr(self, name)}")
-        check(self.w_lm + self.w_kd > 0, "distill has nothing to train for: w-lm and w-kd are both 0")
+        weights = self.w_lm + self.w_kd + self.w_grad
+        check(weights > 0, "distill has nothing to train for: w-lm, w-kd and w-grad are all 0")
         check(self.select != "train" or self.w_kd > 0, "distill select=train needs the loss L_KD: w-kd must be above 0")
         check(
             0 <= self.warmup <= 1,
@@ -92,6 +104,8 @@ class Distill(EmulatorMethod):
         """
         calibration = context.need_calibration("distill")
         refuse_packed(emulator, self.name)
+        if self.w_grad > 0:
+            refuse_without_front(context)
         # The mean training loss asks for no text of its own.
         held = (list(calibration), []) if self.select == "train" else hold_out(calibration, context)
         train, validation = held
@@ -134,11 +148,13 @@ class DistillRun(TrainingRun[Distill]):
     """One distillation; ``interval`` holds the L_KD of each batch since the last candidate."""
 
     teacher: Teacher = field(init=False)
+    full: FullMiddle = field(init=False)
     interval: list[float] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.teacher = Teacher(self.context)
+        self.full = FullMiddle(self.context)
 
     def _decayed(self) -> set[str]:
         named = set(self.student.parameters)
@@ -155,7 +171,9 @@ class DistillRun(TrainingRun[Distill]):
             return super()._step(step)
 
     def _loss(self, batch: Batch) -> Tensor:
-        entering, state, nats, tokens = self.student.forward(batch, with_loss=self.options.w_lm > 0)
+        graded = self.options.w_grad > 0
+        with twice_differentiable() if graded else nullcontext():
+            entering, state, nats, tokens = self.student.forward(batch, with_loss=self.options.w_lm > 0, leaf=graded)
         loss = state.new_zeros((), dtype=torch.float32)
         if nats is not None:
             loss = loss + self.options.w_lm * nats / max(1, tokens)
@@ -163,6 +181,9 @@ class DistillRun(TrainingRun[Distill]):
             error, size = self._relative_error(batch, entering, state)
             loss = loss + self.options.w_kd * error / size
             self.interval.append((error / size).item())
+        if graded:
+            full = self.full.forward(batch, entering)
+            loss = loss + self.options.w_grad * handed_back_error(full, entering, state, batch["attention_mask"])
         return loss
 
     def _relative_error(self, batch: Batch, entering: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

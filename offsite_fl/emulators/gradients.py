@@ -19,7 +19,7 @@ from offsite_fl.emulators.report import planned_network
 from offsite_fl.emulators.student import evaluating
 from offsite_fl.errors import EmulatorError
 from offsite_fl.evaluation.loss import causal_nll
-from offsite_fl.models.network import adapter_parameters
+from offsite_fl.models.network import NetworkPlan, adapter_parameters
 from offsite_fl.models.plug import adapter_tensors
 
 
@@ -45,7 +45,11 @@ def full_gradients(context: Context, batches: Sequence[Batch]) -> dict[str, Tens
 
 def emulator_gradients(emulator: Emulator, context: Context, batches: Sequence[Batch]) -> dict[str, Tensor]:
     """The same through adapter + emulator."""
-    network, plan = planned_network(emulator, context)
+    return network_gradients(*planned_network(emulator, context), batches)
+
+
+def network_gradients(network: nn.Module, plan: NetworkPlan, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """The same through a network that stands already, the one of ``plan``."""
     return _gradients(network, adapter_parameters(network, plan), batches)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,14 +10,14 @@ from torch import nn
 
 from offsite_fl.config import check, check_choices
 from offsite_fl.emulators.backward import BackwardPass
-from offsite_fl.emulators.base import Batch, Context, Emulator, EmulatorBlock, copy_structure, register
+from offsite_fl.emulators.base import Context, Emulator, EmulatorBlock, copy_structure, register
 from offsite_fl.emulators.budget import BudgetedMethod, emulator_bytes
 from offsite_fl.emulators.gcs import Scale, Terms, always_kept, common_scale, exchange, keep_best
 from offsite_fl.emulators.kfac import MomentSums
 from offsite_fl.emulators.part_counts import Counts, counts_by_score, even_counts
 from offsite_fl.emulators.parts import BlockParts, Part, find_parts
 from offsite_fl.emulators.scored_block import Score, ScoredBlock, Seen
-from offsite_fl.emulators.streams import sent_home, working_copy
+from offsite_fl.emulators.streams import first_examples, sent_home, working_copy
 from offsite_fl.errors import EmulatorError
 from offsite_fl.models.linears import is_linear, linear_weight
 
@@ -178,7 +178,7 @@ class GradOT(BudgetedMethod):
             for slot in context.track(list(found), f"gradot {self.score}"):
                 use(slot, {})
             return
-        batches = _first_examples(context.need_calibration("gradot"), self.tokens)
+        batches = first_examples(context.need_calibration("gradot"), self.tokens)
         slots = {block.position: slot for slot, block in found.items()}
         passing = BackwardPass(context, batches, "gradot")
         places = range(context.blocks.depth - 1, min(slots) - 1, -1)
@@ -206,20 +206,6 @@ class GradOT(BudgetedMethod):
 
 def _shrinks(part: Part, counts: Counts) -> bool:
     return part.held(counts[part]) < part.whole
-
-
-def _first_examples(batches: Sequence[Batch], tokens: int) -> list[Batch]:
-    """Whole examples from the front that together hold at most ``tokens`` tokens, padding included, or the first."""
-    taken: list[Batch] = []
-    left = tokens
-    for batch in batches:
-        rows, length = batch["input_ids"].shape
-        fitting = min(rows, left // length)
-        if fitting == 0:
-            break
-        taken.append({name: value[:fitting] for name, value in batch.items()})
-        left -= fitting * length
-    return taken or [{name: value[:1] for name, value in batches[0].items()}]
 
 
 def _check_shapes(emulator: Emulator, context: Context, found: Mapping[int, BlockParts]) -> None:

@@ -111,8 +111,17 @@ def run_tapped(
 
 
 @torch.no_grad()
-def plan_block(block: nn.Module, hidden: Tensor, call: BlockCall, rows: Callable[[Tensor], Tensor]) -> BlockPlan:
-    """Run ``block`` once on ``hidden`` [B, T, hidden] and say what its linears do; ``rows`` leaves padding out."""
+def plan_block(
+    block: nn.Module,
+    hidden: Tensor,
+    call: BlockCall,
+    rows: Callable[[Tensor], Tensor],
+    linears: Collection[tuple[str, nn.Module]] | None = None,
+) -> BlockPlan:
+    """Run ``block`` once on ``hidden`` [B, T, hidden] and say what its linears do; ``rows`` leaves padding out.
+
+    ``linears`` are those to watch, with their paths: the dense ones unless others are named.
+    """
     seen: list[tuple[str, Tensor, Tensor]] = []
 
     def watch(path: str) -> Callable[..., None]:
@@ -121,7 +130,7 @@ def plan_block(block: nn.Module, hidden: Tensor, call: BlockCall, rows: Callable
 
         return hook
 
-    linears = list(dense_linears(block))
+    linears = list(dense_linears(block)) if linears is None else linears
     handles = [module.register_forward_hook(watch(path), with_kwargs=True) for path, module in linears]
     try:
         state = call_block(block, hidden, call)

@@ -24,6 +24,7 @@ from offsite_fl.emulators.student import evaluating
 from offsite_fl.emulators.training import TrainingRun, hold_out, refuse_packed, with_values
 from offsite_fl.errors import EmulatorError
 from offsite_fl.evaluation.loss import causal_nll, evaluate_loss
+from offsite_fl.models.tasks import need_next_token
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class LossMargin(EmulatorMethod):
 
         ``EmulatorError`` without calibration text, with a quantised block, or if the loss stops being a number.
         """
+        need_next_token(context.model)
         calibration = context.need_calibration("loss-margin")
         refuse_packed(emulator, self.name)
         train, validation = hold_out(calibration, context, self.name)

@@ -12,10 +12,18 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from offsite_fl.emulators.base import Batch, Context, Emulator
 from offsite_fl.emulators.budget import count_parameters, stored_bytes
-from offsite_fl.emulators.streams import Stream, read_batches, working_copy
+from offsite_fl.emulators.streams import Stream, batch_length, read_batches, working_copy
 from offsite_fl.evaluation.loss import evaluate_loss
-from offsite_fl.models.network import NetworkPlan, build_network, fill_network, plan_network, shared_tensors
-from offsite_fl.models.plug import adapter_tensors
+from offsite_fl.models.network import (
+    NetworkPlan,
+    adapter_parameters,
+    build_network,
+    fill_network,
+    plan_network,
+    shared_tensors,
+)
+from offsite_fl.models.probe import probe_batch
+from offsite_fl.models.tasks import NEXT_TOKEN, task_of
 
 # Calibration tokens that hidden error and perplexity are measured on: enough for two digits, seconds on a CPU.
 MEASURED_TOKENS = 2048
@@ -31,8 +39,8 @@ class EmulatorReport:
     outside the blocks, and the emulator tensors that equal the owner's. ``flops_share`` is forward FLOPs of the
     emulated middle against the middle on one batch. ``hidden_error`` is ``||T - S||^2 / ||T||^2`` behind the middle
     (full model T, emulated S, padding left out), ``perplexity`` that of adapter + emulator, both on calibration text
-    and None without. ``seconds`` is what building took; None if nobody timed it. ``notes`` say what didn't come out as
-    asked for, a missed budget for one.
+    and None without (perplexity also where the model predicts no next token). ``seconds`` is what building took; None
+    if nobody timed it. ``notes`` say what didn't come out as asked for, a missed budget for one.
     """
 
     bytes: int
@@ -69,7 +77,8 @@ def emulator_report(
     middle = [context.block(index) for index in context.middle]
     batches = _head(context.calibration, tokens)
     error = hidden_error(emulator, context, batches) if batches else None
-    perplexity = evaluate_loss(emulated_network(emulator, context), batches).perplexity if batches else None
+    text = batches and task_of(context.model) in (*NEXT_TOKEN, None)
+    perplexity = evaluate_loss(emulated_network(emulator, context), batches).perplexity if text else None
     return EmulatorReport(
         bytes=stored_bytes(modules),
         parameters=count_parameters(modules),
@@ -138,7 +147,7 @@ def hidden_error(emulator: Emulator, context: Context, batches: Sequence[Batch])
 @torch.no_grad()
 def flops_share(emulator: Emulator, context: Context) -> float:
     """Forward FLOPs (matrix products and attention) of the emulated middle over those of the middle, on one batch."""
-    probe = context.calibration[:1] or (_synthetic_batch(),)
+    probe = context.calibration[:1] or (probe_batch(context.model, length=64),)
     stream = Stream.entering(read_batches(context, probe))
 
     def flops(places: Iterable[tuple[int, nn.Module]]) -> int:
@@ -162,9 +171,10 @@ def planned_network(emulator: Emulator, context: Context) -> tuple[nn.Module, Ne
     modules = [block.module for block in emulator.blocks]
     origins = [block.origin for block in emulator.blocks]
     plan = plan_network(context.model, context.blocks, context.adapter, emulator.layout, modules, origins)
-    tensors = dict(adapter_tensors(context.model, context.blocks, context.adapter))
-    named: dict[str, Tensor] = {name: tensor.detach() for name, tensor in tensors.items()}
-    named.update(shared_tensors(context.model, context.blocks))
+    named: dict[str, Tensor] = dict(shared_tensors(context.model, context.blocks))
+    for slot, index in enumerate(sorted(context.adapter)):
+        # Buffers too: DeepSeek's router keeps a correction in one.
+        named.update({f"adapter.{slot}.{name}": t for name, t in context.block(index).state_dict().items()})
     for slot, module in enumerate(modules):
         named.update({f"emulator.{slot}.{name}": tensor for name, tensor in module.state_dict().items()})
     network = build_network(plan)
@@ -172,19 +182,29 @@ def planned_network(emulator: Emulator, context: Context) -> tuple[nn.Module, Ne
     return network.requires_grad_(False), plan
 
 
+def private_network(
+    emulator: Emulator, context: Context, values: Mapping[str, Tensor] | None = None
+) -> tuple[nn.Module, NetworkPlan]:
+    """:func:`planned_network` with an adapter of its own, which may be trained or written to.
+
+    It holds copies of ``values`` by slot name, in their dtype, or of the full model's (None). Everything else shares
+    the owner's memory and must stay frozen.
+    """
+    network, plan = planned_network(emulator, context)
+    for name, parameter in adapter_parameters(network, plan).items():
+        value = parameter if values is None else values[name]
+        parameter.data = value.detach().to(parameter.device, copy=True)
+    return network, plan
+
+
 def _head(batches: Sequence[Batch], tokens: int) -> list[Batch]:
     """The first batches that together hold at least ``tokens`` tokens, or all."""
     head: list[Batch] = []
     for batch in batches:
-        if sum(b["input_ids"].numel() for b in head) >= tokens:
+        if sum(len(next(iter(b.values()))) * batch_length(b) for b in head) >= tokens:
             break
         head.append(batch)
     return head
-
-
-def _synthetic_batch(length: int = 64) -> Batch:
-    ids = torch.zeros(1, length, dtype=torch.int64)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from offsite_fl.emulators.base import Context, Emulator
 from offsite_fl.emulators.factor import Refit, cut_linear, gram, rank_for
 from offsite_fl.emulators.groups import BlockPlan, Taps, dense_linears, kind_of, plan_block, run_tapped
+from offsite_fl.emulators.input_moments import input_moments
 from offsite_fl.emulators.streams import Stream, read_batches, running_order, sent_home, working_copy
 from offsite_fl.models.linears import linear_bias, linear_weight
 
@@ -56,35 +57,16 @@ def fit_on_full_inputs(emulator: Emulator, context: Context, fit: LowRankFit) ->
     Returns the new module of each block of ``emulator`` by its index. A block that runs at several places is fitted at
     the first.
     """
-    stream = Stream.entering(read_batches(context, context.need_calibration("low-rank mode=activation")))
+    batches = context.need_calibration("low-rank mode=activation")
     fitted: dict[int, nn.Module] = {}
-    plans = _Plans()
-    end = max(emulator.positions)
-    for position in context.track(range(end + 1), "low-rank activation", total=end + 1):
-        slot = emulator.layout.get(position)
-        if slot is not None and slot not in fitted:
-            cut = working_copy(emulator.blocks[slot].module, context.device)
-            _fit_to_stream(cut, plans.of(cut, stream, position), stream, position, fit)
-            fitted[slot] = sent_home(cut, context)
-        if position < end:
-            stream = stream.through(working_copy(context.block(position), context.device), position)
-    return fitted
-
-
-def _fit_to_stream(cut: nn.Module, plan: BlockPlan, stream: Stream, position: int, fit: LowRankFit) -> None:
-    groups = [group for group in plan.groups if any(map(fit.takes, group))]
-    heads = [group[0] for group in groups]
-    moments = {head: _no_moments(cut.get_submodule(head)) for head in heads}
-    for batch, hidden in zip(stream.batches, stream.hidden, strict=True):
-        taps = run_tapped(cut, hidden, batch.calls[position], inputs=heads, partial=True)
-        for head in heads:
-            moments[head] += gram(batch.rows(taps.inputs[head]).float())
-    for group in groups:
-        refit = Refit(moments[group[0]], fit.ridge, f"{group[0]} in block {position}")
-        for path in filter(fit.takes, group):
+    for slot, moments in input_moments(emulator, context, batches, "low-rank activation", fit.takes):
+        block = emulator.blocks[slot]
+        cut = working_copy(block.module, context.device)
+        for path in [path for path, _ in dense_linears(cut) if fit.takes(path)]:
+            refit = Refit(moments[path], fit.ridge, f"{path} in block {block.origin}") if path in moments else None
             cut_linear(cut, path, fit.keep, refit)
-    for path in filter(fit.takes, plan.others):
-        cut_linear(cut, path, fit.keep)
+        fitted[slot] = sent_home(cut, context)
+    return fitted
 
 
 def fit_sequentially(emulator: Emulator, context: Context, fit: LowRankFit) -> dict[int, nn.Module]:

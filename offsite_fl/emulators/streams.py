@@ -49,8 +49,8 @@ def read_batches(context: Context, batches: Sequence[Batch]) -> list[TextBatch]:
     for batch in merged(batches):
         with passing_through(block_list(context.model, context.blocks)):
             calls = capture_calls(context.model, context.blocks, batch)
-        mask = batch.get("attention_mask")
-        kept = None if mask is None or bool(mask.all()) else mask.flatten().bool().to(context.device)
+        kept = _kept(batch, calls[0].hidden)
+        kept = kept if kept is None else kept.to(context.device)
         read.append(TextBatch([BlockCall(moved(c.args), moved(c.kwargs), moved(c.hidden)) for c in calls], kept))
     return read
 
@@ -59,14 +59,43 @@ def merged(batches: Sequence[Batch], tokens: int = MERGED_TOKENS) -> list[Batch]
     """Neighbouring batches of equal length put together as long as they hold at most ``tokens`` tokens."""
     groups: list[list[Batch]] = []
     for batch in batches:
-        rows, length = batch["input_ids"].shape
+        rows, length = len(next(iter(batch.values()))), batch_length(batch)
         last = groups[-1] if groups else []
-        fits = last and last[0]["input_ids"].shape[1] == length and last[0].keys() == batch.keys()
-        if fits and (sum(len(b["input_ids"]) for b in last) + rows) * length <= tokens:
+        fits = last and {n: t.shape[1:] for n, t in last[0].items()} == {n: t.shape[1:] for n, t in batch.items()}
+        if fits and (sum(len(next(iter(b.values()))) for b in last) + rows) * length <= tokens:
             last.append(batch)
         else:
             groups.append([batch])
     return [{name: torch.cat([batch[name] for batch in group]) for name in group[0]} for group in groups]
+
+
+def first_examples(batches: Sequence[Batch], tokens: int) -> list[Batch]:
+    """Whole examples from the front that together hold at most ``tokens`` tokens, padding included, or the first."""
+    taken: list[Batch] = []
+    left = tokens
+    for batch in batches:
+        rows, length = len(next(iter(batch.values()))), batch_length(batch)
+        fitting = min(rows, left // length)
+        if fitting == 0:
+            break
+        taken.append({name: value[:fitting] for name, value in batch.items()})
+        left -= fitting * length
+    return taken or [{name: value[:1] for name, value in batches[0].items()}]
+
+
+def batch_length(batch: Batch) -> int:
+    """Tokens in a row of ``batch``; of a batch without tokens (images), the 256 that are usual."""
+    ids = batch.get("decoder_input_ids", batch.get("input_ids"))
+    return ids.shape[1] if ids is not None else 256
+
+
+def _kept(batch: Batch, hidden: Tensor | None) -> Tensor | None:
+    """Which places of ``hidden`` [B, T, hidden] hold a token, flat; None if all do or nothing tells."""
+    mask = batch.get("decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask")
+    # Images and pooled texts have other places than the mask: all of them count then.
+    if mask is None or hidden is None or mask.shape != hidden.shape[:2] or bool(mask.all()):
+        return None
+    return mask.flatten().bool()
 
 
 @contextmanager

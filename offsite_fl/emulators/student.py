@@ -71,20 +71,24 @@ class Student:
                 if leaf.rpartition(".")[2] == "bias":
                     self.biases.add(prefix + leaf)
 
-    def forward(self, batch: Batch, *, with_loss: bool) -> tuple[Tensor, Tensor, Tensor | None, int]:
+    def forward(
+        self, batch: Batch, *, with_loss: bool, leaf: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None, int]:
         """Run ``batch`` (on the student's device).
 
         Returns the hidden states ``[B, T, hidden]`` that enter the first middle place (without gradient) and leave
         the last, the summed loss in nats, and the number of predicted tokens. Without ``with_loss`` nothing behind the
-        middle runs and the last two are None and 0.
+        middle runs and the last two are None and 0. With ``leaf`` the first of them is a leaf from which the others
+        were computed, so that gradients with respect to it can be had.
         """
         seen: dict[str, Tensor] = {}
 
-        def entering(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def entering(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             seen["h"] = _hidden(args, kwargs).detach()
+            return with_hidden(args, kwargs, seen["h"].requires_grad_()) if leaf else None
 
         def leaving(_: nn.Module, args: Any, output: Any) -> None:
-            seen["s"] = _state(output)
+            seen["s"] = state_of(output)
             if not with_loss:
                 raise _Reached
 
@@ -122,10 +126,10 @@ class Teacher:
         given = hidden.to(self.device, self.dtype)
 
         def entering(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-            return ((given, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": given})
+            return with_hidden(args, kwargs, given)
 
         def leaving(_: nn.Module, args: Any, output: Any) -> None:
-            seen["t"] = _state(output)
+            seen["t"] = state_of(output)
             raise _Reached
 
         hooks = [
@@ -179,7 +183,15 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return hidden
 
 
-def _state(output: Any) -> Tensor:
+def with_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a block with ``hidden`` as the state that enters it."""
+    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+
+def state_of(output: Any) -> Tensor:
+    """The hidden state in what a block returned: it comes alone or first in a tuple; ``ModelError`` if neither."""
     state = output[0] if isinstance(output, tuple) else output
     if not isinstance(state, Tensor):
         raise ModelError(f"a block returned {type(state).__name__} where a hidden state was expected")

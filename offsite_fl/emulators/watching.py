@@ -11,6 +11,7 @@ from offsite_fl.emulators.base import Batch, Context
 from offsite_fl.emulators.channels import ChannelChain, find_chains
 from offsite_fl.emulators.groups import BlockPlan, dense_linears, kind_of, plan_block
 from offsite_fl.emulators.streams import read_batches
+from offsite_fl.models.probe import probe_batch
 from offsite_fl.models.walk import BlockCall
 
 # Rows and tokens of the noise.
@@ -39,8 +40,8 @@ class Watcher:
     """
 
     def __init__(self, context: Context) -> None:
-        ids = torch.zeros(PROBE, dtype=torch.int64)
-        batch: Batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        rows, length = PROBE
+        batch: Batch = probe_batch(context.model, length, rows)
         (self._probe,) = read_batches(context, [batch])
         like, generator = self._probe.entry, torch.Generator().manual_seed(0)
         self.noise: Tensor = torch.randn(like.shape, generator=generator).to(like.device, like.dtype)

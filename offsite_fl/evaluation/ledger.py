@@ -11,7 +11,7 @@ from offsite_fl.evaluation import checks
 from offsite_fl.evaluation.rows import significant
 from offsite_fl.registry import near
 
-Kind = Literal["bundle", "adapter", "update", "metrics"]
+Kind = Literal["bundle", "patch", "adapter", "update", "metrics"]
 Direction = Literal["down", "up"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)

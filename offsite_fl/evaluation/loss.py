@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from offsite_fl.data.examples import IGNORE
 from offsite_fl.errors import DataError
+from offsite_fl.models.tasks import need_next_token
 
 Batch = Mapping[str, Tensor]
 
@@ -60,8 +61,10 @@ def causal_nll(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
 
     Returns
     -------
-    The sum in nats as a scalar fp32 tensor with gradient, and the number of predicted tokens.
+    The sum in nats as a scalar fp32 tensor with gradient, and the number of predicted tokens. ``ModelError`` if the
+    model is one of transformers' for another task (a classifier, an encoder with a decoder).
     """
+    need_next_token(model)
     targets = batch["labels"][:, 1:].reshape(-1)
     kept = (targets != IGNORE).nonzero().squeeze(-1)
     targets = targets[kept]

@@ -35,6 +35,7 @@ COLORS = {
     "grid": "#e4e2dc",
     "card": "#fffffe",
     "bundle": "#b45310",
+    "patch": "#a16207",
     "adapter": "#0f766f",
     "update": "#4f46e6",
     "metrics": "#94a3b8",

@@ -29,7 +29,8 @@ class RoundRecord:
 
     ``plug_in`` and ``emulator`` are the aggregated adapter in the full model and in the emulator, measured after the
     round; ``clients`` holds by client name what each reported (``train_loss``, ``num_examples``, ...); ``skipped``
-    marks a round with too few good replies, which left the adapter as it was; ``seconds`` is wall time.
+    marks a round with too few good replies, which left the adapter as it was; ``clipped`` counts the replies whose
+    update was scaled down to a bound; ``seconds`` is wall time.
     """
 
     round: int
@@ -38,6 +39,7 @@ class RoundRecord:
     clients: dict[str, dict[str, float]] = field(default_factory=dict)
     dropped: list[Dropped] = field(default_factory=list)
     skipped: bool = False
+    clipped: int = 0
     seconds: float | None = None
 
     def __post_init__(self) -> None:
@@ -52,13 +54,14 @@ class RoundRecord:
             "clients": checks.jsonable(self.clients, "clients"),
             "dropped": [reply.to_dict() for reply in self.dropped],
             "skipped": self.skipped,
+            "clipped": self.clipped,
             "seconds": self.seconds,
         }
 
     @classmethod
     def from_dict(cls, value: object, where: str = "round") -> RoundRecord:
         """Read what :meth:`to_dict` wrote."""
-        names = ("plug_in", "emulator", "clients", "dropped", "skipped", "seconds")
+        names = ("plug_in", "emulator", "clients", "dropped", "skipped", "clipped", "seconds")
         found = checks.entries(value, where, required=("round",), optional=names)
         rows = {k: Row.from_dict(found[k], f"{where}.{k}") for k in names[:2] if found.get(k) is not None}
         skipped, seconds = found.get("skipped", False), found.get("seconds")
@@ -71,6 +74,7 @@ class RoundRecord:
             clients=_clients(found.get("clients", {}), f"{where}.clients"),
             dropped=_dropped(found.get("dropped", []), f"{where}.dropped"),
             skipped=skipped,
+            clipped=checks.whole(found.get("clipped", 0), f"{where}.clipped"),
             seconds=None if seconds is None else checks.number(seconds, f"{where}.seconds"),
         )
 

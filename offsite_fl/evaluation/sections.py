@@ -77,6 +77,8 @@ def _replies(report: RunReport) -> Markup:
     parts = [tag("h3", title)]
     if lines:
         parts.append(table(["round", "node", "reason"], lines, text_columns=(0, 1, 2)))
+    if clipped := sum(entry.clipped for entry in report.rounds):
+        parts.append(tag("p", f"Updates scaled down to the bound, in all rounds: {clipped}.", class_="about"))
     if skipped:
         parts.append(tag("p", f"Too few good replies, adapter unchanged: round {', '.join(skipped)}.", class_="about"))
     return tag("div", join(parts), class_="card wide")

@@ -4,12 +4,12 @@ STYLE = """
 :root { color-scheme: light dark;
   --paper:#faf9f6; --card:#fffffe; --ink:#1f2328; --muted:#6b7078; --grid:#e4e2dc; --hair:#dedbd3;
   --plug:#0f766e; --emulator:#b45309; --zero:#7d828b; --full:#4f46e5; --good:#166534; --goodbg:#dcf3e3; --bad:#9f1239;
-  --badbg:#fde2e6; --bundle:#d9a066; --adapter:#3f9c92; --update:#7b76e0; --metrics:#94a3b8;
+  --badbg:#fde2e6; --bundle:#d9a066; --patch:#b8a13c; --adapter:#3f9c92; --update:#7b76e0; --metrics:#94a3b8;
   --c0:#2563eb; --c1:#d97706; --c2:#059669; --c3:#db2777; --c4:#7c3aed; --c5:#0891b2; --c6:#65a30d; --c7:#dc2626; }
 @media (prefers-color-scheme: dark) { :root {
   --paper:#15171a; --card:#1c1f23; --ink:#e6e4df; --muted:#9a9ea6; --grid:#2d3136; --hair:#31353b;
   --plug:#3cc4b4; --emulator:#eaa04c; --zero:#8f949c; --full:#a5a1f8; --good:#86dba5; --goodbg:#17382a; --bad:#fda4b4;
-  --badbg:#45202a; --bundle:#c28a4e; --adapter:#3fa297; --update:#8680ea; --metrics:#8592a5;
+  --badbg:#45202a; --bundle:#c28a4e; --patch:#b09a45; --adapter:#3fa297; --update:#8680ea; --metrics:#8592a5;
   --c0:#6ea3ff; --c1:#f0b355; --c2:#4bd0a0; --c3:#f47fb8; --c4:#b795f8; --c5:#4fc6df; --c6:#a6d64f; --c7:#f98080; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI",

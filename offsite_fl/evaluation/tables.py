@@ -74,6 +74,8 @@ def print_report(report: RunReport, console: Console | None = None) -> None:
     for entry in report.rounds:
         if entry.skipped:
             console.print(f"round {entry.round}: too few good replies, the adapter stayed as it was", style="yellow")
+        if entry.clipped:
+            console.print(f"round {entry.round}: {entry.clipped} updates scaled down to the bound", style="yellow")
         for reply in entry.dropped:
             console.print(f"round {entry.round}: dropped {escape(reply.node)}: {escape(reply.reason)}", style="yellow")
     for note in report.notes:

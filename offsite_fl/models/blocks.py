@@ -11,6 +11,7 @@ from torch import nn
 
 from offsite_fl.errors import ModelError
 from offsite_fl.models.overrides import BLOCK_PATHS
+from offsite_fl.models.probe import probe_batch
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ def find_blocks(model: nn.Module) -> Blocks:
     """Find the longest list of blocks of one class that the forward pass walks through.
 
     Only the structure is read, so it works on the meta device and under any wrapper (PEFT, DDP). Lists inside a block
-    (experts, for one) are part of that block. Where a model has several lists, :data:`BLOCK_PATHS` decides, then a
-    forward pass over four tokens if the model has weights, then length.
+    (experts, for one) are part of that block. Where a model has several lists, :data:`BLOCK_PATHS` decides, then what
+    the model itself calls its decoder (the stack that writes text, beside an encoder or a vision tower), then a forward
+    pass over the smallest batch if the model has weights, then length.
 
     Raises
     ------
@@ -52,7 +54,8 @@ def find_blocks(model: nn.Module) -> Blocks:
         fitting = [path for path in lists if path == named or path.endswith(f".{named}")]
         if len(fitting) == 1:
             return _describe(fitting[0], lists[fitting[0]])
-    candidates = {path: blocks for path, blocks in lists.items() if _looks_repeated(blocks)}
+    written = _in_decoder(model, lists) or list(lists)
+    candidates = {path: lists[path] for path in written if _looks_repeated(lists[path])}
     if len(candidates) > 1:
         walked = _walked(model, candidates)
         candidates = {path: candidates[path] for path in walked} if walked else candidates
@@ -102,7 +105,15 @@ def _looks_repeated(blocks: nn.ModuleList) -> bool:
     """Tell blocks from lists of mere layers: one class, made of parts, with at least two weight matrices."""
     first = blocks[0]
     matrices = sum(parameter.ndim >= 2 for parameter in first.parameters())
-    return len({type(block) for block in blocks}) == 1 and any(True for _ in first.children()) and matrices >= 2
+    nested = isinstance(first, (nn.ModuleList, nn.ModuleDict))  # such a list is never called as a whole
+    uniform = len({type(block) for block in blocks}) == 1 and not nested and not _all_differ(blocks)
+    return uniform and any(True for _ in first.children()) and matrices >= 2
+
+
+def _all_differ(blocks: nn.ModuleList) -> bool:
+    """Whether no two of three or more blocks have tensors of the same shapes: the stages of a pyramid, not a stack."""
+    shapes = {tuple((n, t.shape) for n, t in block.state_dict(keep_vars=True).items()) for block in blocks}
+    return 2 < len(blocks) == len(shapes)
 
 
 def _model_type(model: nn.Module) -> str:
@@ -120,11 +131,23 @@ def _describe(path: str, blocks: nn.ModuleList) -> Blocks:
 
 def _classes(blocks: nn.ModuleList) -> str:
     names = [type(block).__name__ for block in blocks]
-    return " + ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+    said = " + ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+    return f"{said}, no two of the same shapes" if _all_differ(blocks) else said
+
+
+def _in_decoder(model: nn.Module, lists: dict[str, nn.ModuleList]) -> list[str]:
+    """Return the lists that lie in the decoder of the outermost model that names one; [] if none does."""
+    for module in model.modules():
+        getter = getattr(module, "get_decoder", None)
+        if callable(getter):
+            decoder = getter()
+            inside = {id(part) for part in decoder.modules()} if isinstance(decoder, nn.Module) else set()
+            return [path for path, blocks in lists.items() if id(blocks) in inside]
+    return []
 
 
 def _walked(model: nn.Module, candidates: dict[str, nn.ModuleList]) -> list[str]:
-    """Return the candidates whose blocks a text-only forward pass calls once each, in order; [] if it can't run."""
+    """Return the candidates whose blocks a small forward pass calls once each, in order; [] if it can't run."""
     if any(tensor.is_meta for tensor in model.parameters()):
         return []  # masks are built with Tensor.item(), which meta tensors don't have
     calls: dict[str, list[int]] = {path: [] for path in candidates}
@@ -138,11 +161,10 @@ def _walked(model: nn.Module, candidates: dict[str, nn.ModuleList]) -> list[str]
         for index, block in enumerate(blocks)
     ]
     training = {module: module.training for module in model.modules()}
-    device = next(model.parameters()).device
     try:
         with torch.no_grad():
-            model.eval()(input_ids=torch.zeros(1, 4, dtype=torch.int64, device=device))
-    except Exception:  # a model that text alone can't drive may fail in any way; length decides then
+            model.eval()(**probe_batch(model))
+    except Exception:  # a model that takes more than one input may fail in any way; length decides then
         return []
     finally:
         for handle in handles:

@@ -17,6 +17,7 @@ linear and becomes an ``nn.Linear`` or one of the above when a method replaces i
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -38,8 +39,29 @@ MAX_DEQUANTIZED = 2**22
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether ``module`` is a dense linear map with a weight matrix (``nn.Linear`` or ``Conv1D``)."""
-    return isinstance(module, (nn.Linear, Conv1D))
+    """Whether ``module`` is a dense linear map with a weight matrix (``nn.Linear`` or ``Conv1D``).
+
+    A subclass with a forward of its own counts if that is a linear's (Falcon's is, Phi-3.5-MoE's router isn't).
+    """
+    cls: Any = type(module)
+    return isinstance(module, (nn.Linear, Conv1D)) and _is_dense(cls)
+
+
+@cache
+def _is_dense(cls: type[nn.Module]) -> bool:
+    if cls.forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    tried = nn.utils.skip_init(nn.Linear, 3, 2)  # type: ignore[no-untyped-call]  # no random number is drawn
+    tried.weight.data, tried.bias.data = torch.arange(6.0).view(2, 3), torch.tensor([1.0, -1.0])
+    x = torch.tensor([[1.0, 2.0, -1.0]])
+    try:
+        tried.__class__ = cls
+        with torch.no_grad():
+            out = tried(x)
+    except Exception:  # a forward that needs more than a weight and a bias may fail in any way
+        return False
+    # x W' + b by hand: 0 + 2 - 2 + 1 = 1 and 3 + 8 - 5 - 1 = 5
+    return isinstance(out, torch.Tensor) and torch.equal(out, torch.tensor([[1.0, 5.0]]))
 
 
 def linear_weight(module: nn.Module) -> torch.Tensor:
@@ -89,6 +111,21 @@ class LowRankLinear(nn.Module):
         if bias is not None:
             new.up.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         return new
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The matrix [out, in] that the factors stand for: some families (Mamba, T5) read a weight besides calling."""
+        up, down = (
+            part.dequantized() if isinstance(part, QuantizedLinear) else linear_weight(part)
+            for part in (self.up, self.down)
+        )
+        return up @ down
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias [out] of the second factor, or None."""
+        found: torch.Tensor | None = self.up.bias  # type: ignore[assignment]
+        return found
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., in] to [..., out]."""
@@ -149,6 +186,11 @@ class QuantizedLinear(nn.Module):
         if bias is not None:
             new.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         return new
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dequantised weight [out, in] in fp32: some families (Mamba, T5) read a weight besides calling."""
+        return self.dequantized()
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight [out, in] that the packed form stands for."""

@@ -16,30 +16,17 @@ from typing import Any, Literal
 import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped,unused-ignore]
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig
 
 from offsite_fl.errors import ModelError
 from offsite_fl.models.blocks import Blocks, block_list
+from offsite_fl.models.cut_config import FORBIDDEN_CONFIG_KEYS, cut_config
+from offsite_fl.models.likeness import check_alike
 from offsite_fl.models.linears import QuantizedLinear, apply_linears, describe_linears
+from offsite_fl.models.outside import outside_blocks
+from offsite_fl.models.tasks import TASKS, build_model, check_task, task_of
 from offsite_fl.registry import near
 
-TASKS: dict[str, Any] = {"causal-lm": AutoModelForCausalLM}
-
-# Never part of a plan: where the model came from, and switches that make transformers fetch or run foreign code.
-FORBIDDEN_CONFIG_KEYS = frozenset(
-    {
-        "auto_map",
-        "quantization_config",
-        "name_or_path",
-        "attn_implementation",
-        "experts_implementation",
-        "custom_pipelines",
-    }
-)
-# Flags that tie a block's function to its absolute index, which a client doesn't have.
-INDEX_DEPENDENT_FLAGS = ("scale_attn_by_inverse_layer_idx",)
-# Counts that say how deep the full model is; with one entry a block in layer_types nothing reads them.
-DEPTH_KEYS = ("max_window_layers",)
 MAX_PLACES = 4096
 MAX_BUFFER_BYTES = 2**30
 MAX_CONFIG_NUMBER = 2**40
@@ -151,7 +138,7 @@ def plan_network(
     layout: Mapping[int, int],
     emulator: Sequence[nn.Module],
     origins: Sequence[int],
-    task: str = "causal-lm",
+    task: str | None = None,
 ) -> NetworkPlan:
     """Describe the network of ``adapter`` blocks and ``emulator`` blocks (owner's side; nothing is copied).
 
@@ -160,7 +147,11 @@ def plan_network(
         adapter: indices of the adapter blocks in the full model.
         layout: full-model position to index into ``emulator``, for every place that the emulator runs.
         emulator: the emulator's blocks; ``origins[b]`` is the full-model block that block ``b`` was made from.
-        task: key of :data:`TASKS`.
+        task: key of :data:`~offsite_fl.models.tasks.TASKS`; None finds the one that the model's class belongs to.
+
+    Raises:
+        ModelError: if a client couldn't rebuild the network from the config: the model's class isn't in transformers'
+            tables, the config doesn't say how many blocks there are, or a block would be built unlike the owner's.
     """
     modules = block_list(model, blocks)
     slot_of = {index: slot for slot, index in enumerate(sorted(adapter))}
@@ -174,53 +165,42 @@ def plan_network(
             places.append(Place("emulator", layout[position]))
             sources.append(origins[layout[position]])
     linears = tuple(describe_linears(b, modules[o]) for b, o in zip(emulator, origins, strict=True))
-    config = _cut_config(model, blocks, sources)
-    plan = NetworkPlan(task, config, blocks.path, tuple(places), linears)
+    found = known_task(model, task)
+    config = cut_config(model, blocks, sources, found)
+    plan = NetworkPlan(found, config, blocks.path, tuple(places), linears)
     # Through JSON and back: what the owner uses is exactly what a client will read.
-    return NetworkPlan.from_json(json.loads(json.dumps(plan.to_json())))
+    plan = NetworkPlan.from_json(json.loads(json.dumps(plan.to_json())))
+    with torch.device("meta"):
+        check_alike(model, blocks, _bare(plan), sources)
+    return plan
 
 
-def _cut_config(model: nn.Module, blocks: Blocks, sources: Sequence[int]) -> dict[str, Any]:
-    """The model's config as plain data for a network whose block ``i`` is like the full model's ``sources[i]``."""
-    config: Any = model.config
-    if not isinstance(config, PretrainedConfig):
-        raise ModelError(f"{type(model).__name__} has no transformers config that a client could rebuild it from")
-    for flag in INDEX_DEPENDENT_FLAGS:
-        if getattr(config, flag, False):
-            raise ModelError(
-                f"models with {flag}=True can't be split: a block's function depends on its absolute index"
-            )
-    cut = type(config).from_dict({k: v for k, v in config.to_dict().items() if k not in FORBIDDEN_CONFIG_KEYS})
-    per_block = {k: v for k, v in cut.to_dict().items() if isinstance(v, (list, tuple)) and len(v) == blocks.depth}
-    cut.num_hidden_layers = len(sources)
-    for key, values in per_block.items():
-        setattr(cut, key, [values[i] for i in sources])
-    for key in DEPTH_KEYS:
-        if hasattr(cut, key):
-            setattr(cut, key, len(sources))
-    cut.tie_word_embeddings = _is_tied(model)
-    plain = json.loads(cut.to_json_string(use_diff=False))
-    dropped = FORBIDDEN_CONFIG_KEYS | {"transformers_version", "architectures", "dtype", "torch_dtype"}
-    return {k: v for k, v in plain.items() if k not in dropped and not k.startswith("_")}
+def known_task(model: nn.Module, task: str | None = None) -> str:
+    """``task`` if it is given, else that of the model's class; ``ModelError`` if there is none."""
+    found = check_task(task) if task is not None else task_of(model)
+    if found is None:
+        raise ModelError(
+            f"a client couldn't build {type(model).__name__}: it is none of the classes that transformers builds from "
+            f"a config for {', '.join(TASKS)}. A class of your own must be registered with AutoConfig and its Auto "
+            "class; a wrapped model must be unwrapped"
+        )
+    return found
 
 
-def _is_tied(model: Any) -> bool:
-    """Whether head and embedding really are one tensor, whatever the config says."""
-    if not hasattr(model, "get_output_embeddings"):
-        return False
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    return head is not None and getattr(head, "weight", None) is embedding.weight
-
-
-def _skeleton(plan: NetworkPlan) -> nn.Module:
+def _bare(plan: NetworkPlan) -> nn.Module:
+    """The network of ``plan`` with the blocks that its config makes."""
     values = {k: v for k, v in plan.config.items() if k != "model_type"}
     try:
         config = AutoConfig.for_model(plan.config["model_type"], **values)
+        for key, value in values.items():  # T5's config doesn't take every tie_word_embeddings that it is given
+            if isinstance(value, (bool, int, float, str)) and getattr(config, key, value) != value:
+                setattr(config, key, value)
         config.use_cache = False
         depth = getattr(config, "num_hidden_layers", len(plan.layout))
-        if depth != len(plan.layout):  # before building: a foreign config mustn't make millions of blocks
+        # Before building: a foreign config mustn't make millions of blocks. Of two stacks the config tells one only.
+        if depth != len(plan.layout) and depth > MAX_PLACES:
             raise ModelError(f"network plan: the config makes {depth} blocks, the layout has {len(plan.layout)}")
-        network: nn.Module = TASKS[plan.task].from_config(config, trust_remote_code=False)
+        network = _built(plan, config)
     except ModelError:
         raise
     except Exception as error:  # foreign data reaches many constructors; all their complaints mean the same here
@@ -230,6 +210,27 @@ def _skeleton(plan: NetworkPlan) -> nn.Module:
     blocks = _network_blocks(network, plan)
     if len(blocks) != len(plan.layout):
         raise ModelError(f"network plan: the config makes {len(blocks)} blocks, the layout has {len(plan.layout)}")
+    return network
+
+
+def _built(plan: NetworkPlan, config: Any) -> nn.Module:
+    """The model of ``config``, its embeddings and its head tied as the plan says."""
+    config.tie_word_embeddings = getattr(config, "tie_word_embeddings", False) or _head_apart(plan)
+    network = build_model(plan.task, config)
+    if _head_apart(plan):
+        head: Any = network.get_output_embeddings()  # type: ignore[operator]
+        head.weight = nn.Parameter(torch.empty_like(head.weight))
+    return network
+
+
+def _head_apart(plan: NetworkPlan) -> bool:
+    """Whether encoder and decoder share an embedding and the head doesn't; transformers' one switch ties all three."""
+    return plan.config.get("tie_encoder_decoder") is True and plan.config.get("tie_word_embeddings") is False
+
+
+def _skeleton(plan: NetworkPlan) -> nn.Module:
+    network = _bare(plan)
+    blocks = _network_blocks(network, plan)
     width = getattr(network.config, "hidden_size", None)
     for index, place in enumerate(plan.layout):
         if place.role == "emulator":
@@ -257,7 +258,7 @@ def build_network(plan: NetworkPlan) -> nn.Module:
     _meta_network(plan)  # refuses a plan whose buffers would fill the memory
     with init_empty_weights(include_buffers=False):
         network = _skeleton(plan)
-    _tie(network)
+    _tie(network, plan)
     return network
 
 
@@ -268,7 +269,7 @@ def _meta_network(plan: NetworkPlan) -> nn.Module:
     """
     with torch.device("meta"):
         network = _skeleton(plan)
-    _tie(network)
+    _tie(network, plan)
     stored = set(network.state_dict())
     made = sum(t.numel() * t.element_size() for name, t in network.named_buffers() if name not in stored)
     if made > MAX_BUFFER_BYTES:
@@ -283,7 +284,7 @@ def expected_tensors(plan: NetworkPlan) -> dict[str, TensorSpec]:
     """Slot name to shape and dtype of every tensor that the network of ``plan`` needs; takes no memory for them."""
     network = _meta_network(plan)
     specs = {
-        "shared." + name: TensorSpec(tuple(t.shape)) for name, t in _outside_blocks(network, plan.blocks_path).items()
+        "shared." + name: TensorSpec(tuple(t.shape)) for name, t in outside_blocks(network, plan.blocks_path).items()
     }
     for block, place in zip(place_blocks(network, plan), plan.layout, strict=True):
         exact = _exact_dtypes(block)
@@ -301,17 +302,9 @@ def _exact_dtypes(block: nn.Module) -> dict[str, torch.dtype]:
     return exact
 
 
-def _outside_blocks(model: nn.Module, blocks_path: str) -> dict[str, torch.Tensor]:
-    """Parameters (tied ones once, under their first name) and persistent buffers that aren't in the blocks."""
-    inside = blocks_path + "."
-    kept = set(model.state_dict())
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return {name: t for name, t in named if name in kept and not name.startswith(inside)}
-
-
 def shared_tensors(model: nn.Module, blocks: Blocks) -> dict[str, torch.Tensor]:
     """``shared.{path}`` to the full model's tensors outside the blocks (live references, tied ones once)."""
-    return {"shared." + name: t.detach() for name, t in _outside_blocks(model, blocks.path).items()}
+    return {"shared." + name: t.detach() for name, t in outside_blocks(model, blocks.path).items()}
 
 
 def fill_network(network: nn.Module, plan: NetworkPlan, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -333,9 +326,12 @@ def fill_network(network: nn.Module, plan: NetworkPlan, tensors: Mapping[str, to
 
     for block, place in zip(place_blocks(network, plan), plan.layout, strict=True):
         block.load_state_dict({n: take(place.prefix + n) for n in block.state_dict()}, strict=True, assign=True)
-    outside = _outside_blocks(network, plan.blocks_path)
-    network.load_state_dict({n: take("shared." + n) for n in outside}, strict=False, assign=True)
-    _tie(network)
+    first = {id(tensor): name for name, tensor in outside_blocks(network, plan.blocks_path).items()}
+    every = [*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)]
+    # A tied tensor goes to all its names, since tying again may start from any of them.
+    named = {name: take("shared." + first[id(tensor)]) for name, tensor in every if id(tensor) in first}
+    network.load_state_dict(named, strict=False, assign=True)
+    _tie(network, plan)
     left = [name for name, p in network.named_parameters() if p.is_meta]
     if left:
         raise ModelError(f"network plan: these parameters got no values: {left[:3]}")
@@ -357,9 +353,14 @@ def _check_fit(expected: Mapping[str, TensorSpec], tensors: Mapping[str, torch.T
             raise ModelError(f"tensor {name!r} has dtype {tensor.dtype}, the network needs {spec.dtype}")
 
 
-def _tie(network: Any) -> None:
-    if hasattr(network, "tie_weights"):
-        network.tie_weights()
+def _tie(network: Any, plan: NetworkPlan) -> None:
+    if not hasattr(network, "tie_weights"):
+        return
+    head = network.get_output_embeddings() if _head_apart(plan) else None
+    own = None if head is None else head.weight
+    network.tie_weights()
+    if head is not None:
+        head.weight = own
 
 
 def adapter_parameters(network: nn.Module, plan: NetworkPlan) -> dict[str, nn.Parameter]:

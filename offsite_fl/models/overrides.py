@@ -1,13 +1,19 @@
-"""What structure can't tell about a model family, as data: one row per ``config.model_type``."""
+"""What structure can't tell about a model family, as data: one row per ``config.model_type``, or per config entry."""
 
 from __future__ import annotations
 
-# Families with more than one stack of blocks, or whose stack mixes classes: the path, inside the unwrapped model, of
-# the list that offsite-tuning works on (the one that writes text). All other families are found by structure.
+# Families whose stack mixes classes of blocks: the path, inside the unwrapped model, of the list that offsite-tuning
+# works on. All other families are found by structure.
 BLOCK_PATHS: dict[str, str] = {
-    "bart": "decoder.layers",
-    "gemma3": "language_model.layers",
     "jamba": "model.layers",
-    "llava": "language_model.layers",
-    "t5": "decoder.block",
 }
+# Flags that tie a block's function to its absolute index, which a client doesn't have.
+INDEX_DEPENDENT_FLAGS = ("scale_attn_by_inverse_layer_idx",)
+# Entries that list the indices of some blocks; in a cut network they name the places that these blocks have there.
+INDEX_LISTS = ("mlp_only_layers", "attn_layer_indices")
+# Entries that say how many blocks at the front are of another kind.
+LEADING_COUNTS = ("first_k_dense_replace",)
+# Counts that say how deep the full model is and that nothing reads where layer_types has an entry for each block.
+SECOND_DEPTHS = ("max_window_layers",)
+# Entries that transformers derives from the depth (names of a backbone's stages); none of the tasks here reads them.
+DERIVED = ("stage_names", "out_features", "out_indices")

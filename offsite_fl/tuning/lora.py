@@ -10,20 +10,22 @@ import copy
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from offsite_fl.config import LoraOptions
+from offsite_fl.config import Factors, LoraOptions
 from offsite_fl.errors import ConfigError, UpdateError
 from offsite_fl.models.linears import linear_weight, named_linears, replace_module
 from offsite_fl.registry import near
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
+
+A, B = ".lora_A.weight", ".lora_B.weight"  # how the names of the two factors of a linear end
 
 _NAME = "default"  # peft's name for the only set of factors
 
@@ -49,20 +51,21 @@ class AdapterLora:
         with torch.no_grad():
             for name, parameter in self.parameters().items():
                 parameter.data = parameter.data.float()
-                if name.endswith(".lora_B.weight"):
+                if name.endswith(B):
                     parameter.zero_()
                 else:
                     bound = 1 / math.sqrt(parameter.shape[1])  # Kaiming with a = sqrt(5), as nn.Linear and peft have it
                     parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
                 parameter.requires_grad_(True)
 
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The live factors by slot name."""
-        return {
+    def parameters(self, train: Factors = "both") -> dict[str, nn.Parameter]:
+        """The live factors by slot name: both of every linear, or all A, or all B."""
+        live = {
             f"{name}.{factor}.weight": getattr(layer, factor)[_NAME].weight
             for name, layer in self._layers.items()
             for factor in ("lora_A", "lora_B")
         }
+        return {name: live[name] for name in trained_names(live, train)}
 
     def tensors(self) -> dict[str, Tensor]:
         """Copies of the factors, fp32 on the CPU."""
@@ -117,6 +120,54 @@ def merge_lora(
     }
 
 
+def trained_names(names: Iterable[str], train: Factors) -> list[str]:
+    """Those of the factors' ``names`` that ``train`` asks for, in their order."""
+    endings = {"both": ("",), "a": (A,), "b": (B,)}[train]
+    return [name for name in names if name.endswith(endings)]
+
+
+def first_components(factors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """The first ``rank`` rows of every A [r, in] and columns of every B [out, r]: a part of the sum that B A is."""
+    return {name: t[:rank] if name.endswith(A) else t[:, :rank] for name, t in factors.items()}
+
+
+def padded(factors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """Factors with zeros added behind up to ``rank``; their products are the same."""
+
+    def grown(name: str, tensor: Tensor) -> Tensor:
+        missing = rank - tensor.shape[0 if name.endswith(A) else 1]
+        return nn.functional.pad(tensor, (0, 0, 0, missing) if name.endswith(A) else (0, missing))
+
+    return {name: grown(name, tensor) for name, tensor in factors.items()}
+
+
+def added(
+    values: Mapping[str, Tensor], factors: Mapping[str, Tensor], targets: Mapping[str, bool], scale: float
+) -> dict[str, Tensor]:
+    """Full adapter values with ``scale * B A`` added to each target's weight; ``values`` stay as they are.
+
+    What :func:`merge_lora` does for values that aren't in any network. ``targets``: see :func:`target_weights`.
+    """
+    merged = dict(values)
+    for name, flipped in targets.items():
+        linear = name.removesuffix(".weight")
+        product = scale * (factors[linear + B] @ factors[linear + A])
+        merged[name] = values[name] + (product.T if flipped else product)
+    return merged
+
+
+def target_weights(blocks: Mapping[int, nn.Module], options: LoraOptions) -> dict[str, bool]:
+    """Slot names of the weights that get factors, and whether each is stored [in, out] as GPT-2 does.
+
+    For those the product that is added is (B A)^T.
+    """
+    return {
+        f"adapter.{slot}.{path}.weight": isinstance(blocks[slot].get_submodule(path), Conv1D)
+        for slot, paths in target_paths(blocks, options).items()
+        for path in paths
+    }
+
+
 def target_paths(blocks: Mapping[int, nn.Module], options: LoraOptions) -> dict[int, list[str]]:
     """Adapter slot -> paths of the linears inside the block that get factors.
 
@@ -146,8 +197,8 @@ def expected_factors(blocks: Mapping[int, nn.Module], options: LoraOptions) -> d
     for slot, paths in target_paths(blocks, options).items():
         for path in paths:
             rows, columns = linear_weight(blocks[slot].get_submodule(path)).shape
-            shapes[f"adapter.{slot}.{path}.lora_A.weight"] = (options.rank, columns)
-            shapes[f"adapter.{slot}.{path}.lora_B.weight"] = (rows, options.rank)
+            shapes[f"adapter.{slot}.{path}{A}"] = (options.rank, columns)
+            shapes[f"adapter.{slot}.{path}{B}"] = (rows, options.rank)
     return shapes
 
 

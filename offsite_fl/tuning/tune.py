@@ -36,6 +36,11 @@ class TuneResult:
     else the last ones; the network holds the same. Losses are nats per token. ``examples`` counts the training
     examples that were at hand (the weight of this party in an average), ``tokens`` those that went through the
     network, padding not counted. ``skipped_steps`` are fp16 steps that overflowed.
+
+    ``lr_sum`` is the sum of the learning rates of the steps that led to ``tensors``, skipped ones left out: how far a
+    constant gradient would have taken them. Under SGD with a proximal term on whole tensors, each step's rate counts
+    less what later steps pull back, ``sum_k lr_k prod_(j>k) (1 - mu lr_j)``: the norm ``|a_i|_1`` of FedNova
+    (arXiv 2007.07481, section 4), in units of the learning rate.
     """
 
     tensors: dict[str, Tensor]
@@ -47,6 +52,7 @@ class TuneResult:
     best_step: int | None = None
     stopped_early: bool = False
     skipped_steps: int = 0
+    lr_sum: float = 0.0
     seconds: float = 0.0
     history: list[tuple[int, float]] = field(default_factory=list)
     validation_history: list[tuple[int, float]] = field(default_factory=list)
@@ -60,6 +66,7 @@ class TuneResult:
             "steps": self.steps,
             "tokens": self.tokens,
             "skipped-steps": self.skipped_steps,
+            "lr-sum": self.lr_sum,
             "seconds": self.seconds,
         }
         return {name: float(value) for name, value in numbers.items() if value is not None}
@@ -74,6 +81,8 @@ def tune(
     validation: Dataset | None = None,
     pad_id: int = 0,
     received: Mapping[str, Tensor] | None = None,
+    beside: Mapping[str, nn.Parameter] | None = None,
+    correction: Mapping[str, Tensor] | None = None,
 ) -> TuneResult:
     """Train ``trainable``, live parameters of ``network`` by name, on ``train``; nothing else of the network changes.
 
@@ -89,6 +98,12 @@ def tune(
         ``validation_share`` above 0 holds back a part of ``train``.
     received
         What the proximal term measures the distance to; None: the values at the start of this call.
+    beside
+        Parameters that stay as they are but belong to the trained ones: LoRA factors of which only the other one of
+        each linear is trained. They are fp32 as well, and the proximal term measures products with them.
+    correction
+        Added to the gradient of each step, by name, as SCAFFOLD does (arXiv 1910.06378). After clipping: what is
+        clipped is this party's own gradient, so that the mean step less the correction is the mean of the clipped gradients.
 
     Raises
     ------
@@ -103,10 +118,10 @@ def tune(
     with borrowed_accelerator(config) as accelerator:
         device = accelerator.device
         network.to(device)
-        prepare_dtypes(network, trainable, config)
+        prepare_dtypes(network, {**trainable, **(beside or {})}, config)
         mode = training_mode(network, trainable, config)
         with mode, own_randomness(config.seed + config.schedule_offset, device):
-            loop = _Loop(network, trainable, config, accelerator, received)
+            loop = _Loop(network, trainable, config, accelerator, received, beside or {}, correction or {})
             return loop.run(train, validation, pad_id, started)
 
 
@@ -147,16 +162,21 @@ class _Loop:
         config: TuneConfig,
         accelerator: Accelerator,
         received: Mapping[str, Tensor] | None,
+        beside: Mapping[str, nn.Parameter],
+        correction: Mapping[str, Tensor],
     ) -> None:
         self.network, self.trainable, self.config, self.accelerator = network, trainable, config, accelerator
         scale = config.lora_alpha / config.lora_rank if config.lora_rank else 1.0
-        start = trainable if received is None else received
-        self.proximal = Proximal(trainable, start, scale) if config.proximal_mu > 0 else None
+        watched = {**trainable, **beside}
+        start = watched if received is None else received
+        self.proximal = Proximal(watched, start, scale) if config.proximal_mu > 0 else None
         self.optimizer = accelerator.prepare_optimizer(
             make_optimizer(network, trainable, config), device_placement=False
         )
+        self.correction = {name: value.to(accelerator.device) for name, value in correction.items()}
         self.skipped = self.tokens = 0
-        self.best: tuple[float, int, dict[str, Tensor]] | None = None
+        self.lr_sum = 0.0
+        self.best: tuple[float, int, dict[str, Tensor], float] | None = None
 
     def run(self, train: Dataset, validation: Dataset | None, pad_id: int, started: float) -> TuneResult:
         config, total = self.config, planned_steps(len(train), self.config)
@@ -188,6 +208,7 @@ class _Loop:
             best_step=self.best[1] if self.best else None,
             stopped_early=stopped,
             skipped_steps=self.skipped,
+            lr_sum=self.best[3] if self.best else self.lr_sum,
             seconds=time.perf_counter() - started,
             history=history,
             validation_history=watched,
@@ -228,9 +249,21 @@ class _Loop:
         rate = learning_rate(config, config.schedule_offset + step - 1, schedule)
         for parameters_of in self.optimizer.param_groups:
             parameters_of["lr"] = rate
+        self._correct()
         self.optimizer.step()
-        self.skipped += int(self.accelerator.optimizer_step_was_skipped)
+        self._count(rate, self.accelerator.optimizer_step_was_skipped)
         self.optimizer.zero_grad()
+
+    def _correct(self) -> None:
+        for name, value in self.correction.items():
+            parameter = self.trainable[name]
+            parameter.grad = value.clone() if parameter.grad is None else parameter.grad.add_(value)
+
+    def _count(self, rate: float, skipped: bool) -> None:
+        self.skipped += int(skipped)
+        if not skipped:
+            pulls = self.config.optimizer == "sgd" and self.config.lora_rank == 0
+            self.lr_sum = self.lr_sum * (1 - rate * self.config.proximal_mu * pulls) + rate
 
     def _must_be_finite(self, value: float, what: str, step: int, total: int) -> None:
         if not math.isfinite(value):
@@ -245,7 +278,7 @@ class _Loop:
             loss = evaluate_loss(self.network, loader, self.accelerator.device).loss
         self._must_be_finite(loss, "validation loss", step, total)
         if self.best is None or loss < self.best[0]:
-            self.best = (loss, step, self._copy())
+            self.best = (loss, step, self._copy(), self.lr_sum)
         return loss
 
     def _out_of_patience(self, watched: list[tuple[int, float]]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from io import BytesIO
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,25 +17,37 @@ from offsite_fl.errors import WireError
 MAX_HEADER_BYTES = 1024
 MAX_TEXT = 2000
 
+Record = TypeVar("Record", ArrayRecord, MetricRecord, ConfigRecord)
+
+
+def records_of(content: RecordDict, kind: type[Record]) -> dict[str, Record]:
+    """The records of one kind by key.
+
+    Flower's own views (``content.array_records``) refer to themselves and to the content, so each use of one keeps the
+    whole message in memory until Python looks for cycles.
+    """
+    return {key: record for key, record in content.items() if isinstance(record, kind)}
+
 
 def only_arrays(content: RecordDict) -> tuple[str, ArrayRecord]:
     """Key and value of the one ArrayRecord of a message."""
-    return cast(tuple[str, ArrayRecord], _only(dict(content.array_records), "ArrayRecord"))
+    return _only(content, ArrayRecord)
 
 
 def only_metrics(content: RecordDict) -> tuple[str, MetricRecord]:
     """Key and value of the one MetricRecord of a message."""
-    return cast(tuple[str, MetricRecord], _only(dict(content.metric_records), "MetricRecord"))
+    return _only(content, MetricRecord)
 
 
 def only_config(content: RecordDict) -> tuple[str, ConfigRecord]:
     """Key and value of the one ConfigRecord of a message."""
-    return cast(tuple[str, ConfigRecord], _only(dict(content.config_records), "ConfigRecord"))
+    return _only(content, ConfigRecord)
 
 
-def _only(records: dict[str, Any], kind: str) -> tuple[str, Any]:
+def _only(content: RecordDict, kind: type[Record]) -> tuple[str, Record]:
+    records = records_of(content, kind)
     if len(records) != 1:
-        raise WireError(f"expected exactly one {kind}, found {len(records)}")
+        raise WireError(f"expected exactly one {kind.__name__}, found {len(records)}")
     return next(iter(records.items()))
 
 
@@ -99,10 +111,14 @@ def count_bytes(content: RecordDict) -> dict[str, int]:
 
     Flower's own ``count_bytes`` raises on empty texts and lists.
     """
-    arrays = sum(len(key) + len(array.data) for r in content.array_records.values() for key, array in r.items())
-    metrics = sum(_scalar_bytes(key, value) for r in content.metric_records.values() for key, value in r.items())
-    config = sum(_scalar_bytes(key, value) for r in content.config_records.values() for key, value in r.items())
+    arrays = sum(len(key) + len(array.data) for key, array in _entries(content, ArrayRecord))
+    metrics = sum(_scalar_bytes(key, value) for key, value in _entries(content, MetricRecord))
+    config = sum(_scalar_bytes(key, value) for key, value in _entries(content, ConfigRecord))
     return {"arrays": arrays, "metrics": metrics, "config": config}
+
+
+def _entries(content: RecordDict, kind: type[Record]) -> list[tuple[str, Any]]:
+    return [entry for record in records_of(content, kind).values() for entry in record.items()]
 
 
 def _scalar_bytes(key: str, value: Any) -> int:

@@ -12,7 +12,8 @@ from offsite_fl.errors import ConfigError, WireError
 from offsite_fl.wire import names
 
 # What decides which tensors travel is one choice for the whole federation.
-SERVER_ONLY = ("lora-rank", "lora-alpha", "lora-dropout", "lora-targets")
+SERVER_ONLY = ("lora-alpha", "lora-dropout", "lora-targets", "lora-train", "lora-fresh")
+RANK = names.TUNE + "lora-rank"
 
 
 def tune_to_config(tune: TuneConfig) -> dict[str, Any]:
@@ -27,14 +28,18 @@ def tune_from_config(config: Mapping[str, Any], node_config: Mapping[str, Any], 
     """What a client tunes with: the message's ``tune.*``, overridden by the site's own, with this client's own seed.
 
     A proximal term that FedProx put into the config wins over ``tune.proximal-mu``. ``ConfigError`` names a setting
-    that is unknown, or that a site may not choose for itself.
+    that is unknown, or that a site may not choose for itself. A smaller ``tune.lora-rank`` it may: the tensors that
+    travel keep the run's rank, and ``lora_alpha`` shrinks with the rank, so that ``alpha / rank`` is the run's.
     """
     sent = {key: value for key, value in config.items() if key.startswith(names.TUNE)}
     own = {key: value for key, value in node_config.items() if key.startswith(names.TUNE)}
     for name in SERVER_ONLY:
         if names.TUNE + name in own:
             raise ConfigError(f"{names.TUNE}{name} can't be set for one site: it decides which tensors travel")
+    rank = own.pop(RANK, None)
     tune = from_mapping(TuneConfig, sent | own, names.TUNE)
+    if rank is not None:
+        tune = _of_rank(tune, rank)
     mu = config.get(names.PROXIMAL_MU)
     if mu is not None:
         if isinstance(mu, bool) or not isinstance(mu, (int, float)):
@@ -44,6 +49,20 @@ def tune_from_config(config: Mapping[str, Any], node_config: Mapping[str, Any], 
     # Elsewhere each round begins a shuffle of its own.
     number = 0 if spans_rounds(tune) else server_round(config)
     return dataclasses.replace(tune, seed=client_seed(tune.seed, number, client))
+
+
+def tune_of_run(config: Mapping[str, Any]) -> TuneConfig:
+    """The message's own ``tune.*`` without what a site overrides: what decides which tensors travel."""
+    return from_mapping(TuneConfig, {k: v for k, v in config.items() if k.startswith(names.TUNE)}, names.TUNE)
+
+
+def _of_rank(tune: TuneConfig, value: Any) -> TuneConfig:
+    rank = from_mapping(TuneConfig, {RANK: value}, names.TUNE).lora_rank
+    if tune.lora_rank == 0:
+        raise ConfigError(f"{RANK} can't be set for one site: this run tunes no LoRA factors, so others would travel")
+    if not 1 <= rank <= tune.lora_rank:
+        raise ConfigError(f"{RANK} = {rank} of this site must lie from 1 to {tune.lora_rank}, the rank of the run")
+    return dataclasses.replace(tune, lora_rank=rank, lora_alpha=tune.lora_alpha * rank / tune.lora_rank)
 
 
 def spans_rounds(tune: TuneConfig) -> bool:

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from offsite_fl.bundle import Bundle, write_bundle
+from offsite_fl.bundle import Bundle, open_bundle, read, write_bundle
+from offsite_fl.errors import BundleError
 from offsite_fl.models.blocks import block_list, find_blocks
 from offsite_fl.models.linears import LowRankLinear, QuantizedLinear, replace_module
 from offsite_fl.models.network import NetworkPlan, plan_network, shared_tensors
@@ -24,6 +25,7 @@ from offsite_fl.models.plug import adapter_tensors
 
 from ..conftest import make_pico, make_tokenizer
 
+Forge = Callable[..., Path]
 FULL_DEPTH = 13  # a number that nothing else in a pico llama has
 
 
@@ -78,7 +80,7 @@ def bundle(written: Bundle, tmp_path: Path) -> Bundle:
 
 
 @pytest.fixture
-def forge(bundle: Bundle, tmp_path: Path) -> Callable[..., Path]:
+def forge(bundle: Bundle, tmp_path: Path) -> Forge:
     """``forge(edit)`` copies the bundle and lets ``edit(manifest as plain data, folder)`` change it.
 
     Sizes and hashes of the files are set right again unless ``honest=False``; the manifest stays canonical.
@@ -111,3 +113,28 @@ def state_of(folder: Path) -> dict[str, bytes | str]:
         for path in sorted(folder.rglob("*"))
         if path.is_symlink() or path.is_file()
     }
+
+
+def refused(folder: Path, message: str, **options: Any) -> None:
+    """``open_bundle`` must raise with ``message``, leave the folder as it was, and never map a tensor."""
+    before = state_of(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(read, "safe_open", lambda *_, **__: pytest.fail("a tensor file was mapped"))
+        with pytest.raises(BundleError, match=message):
+            open_bundle(folder, **options)
+    assert state_of(folder) == before
+
+
+def shard_of(folder: Path, kind: str = "shared", number: int = 1) -> Path:
+    return folder / "shards" / f"{kind}-{number:05d}.safetensors"
+
+
+def set_path(*keys: Any, to: Any) -> Callable[[dict[str, Any], Path], None]:
+    """An edit for ``forge`` that sets one value of the manifest."""
+
+    def edit(raw: dict[str, Any], _: Path) -> None:
+        for key in keys[:-1]:
+            raw = raw[key]
+        raw[keys[-1]] = to
+
+    return edit

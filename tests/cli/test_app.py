@@ -40,6 +40,11 @@ def test_emulators() -> None:
 
 
 def test_strategies() -> None:
-    names = {entry["name"] for entry in run_json("strategies")}
-    assert {"fedavg", "fedadam", "krum"} <= names
-    assert "fedavg" in run_cli("strategies").stdout
+    told = {entry["name"]: entry for entry in run_json("strategies")}
+    assert {"fedavg", "fedadam", "krum", "flora", "flexlora", "ffa-lora", "rolora"} <= told.keys()
+    assert {"key": "eta", "type": "float", "default": "0.1"} in told["fedadam"]["options"]
+    assert {"key": "min-train-nodes", "type": "int", "default": "2"} in told["flora"]["options"]
+    assert {"key": "client-learning-rate", "type": "float", "default": None} in told["qfedavg"]["options"]
+    assert told["flora"]["summary"].startswith("FLoRA: fresh factors each round")
+    listed = run_cli("strategies").stdout
+    assert "fedavg" in listed and listed.count("min-train-nodes") == 1  # told once, above the table

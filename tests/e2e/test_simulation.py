@@ -39,6 +39,7 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
         assert any("flower-superlink" in line for line in running(ground))  # it can be found while it runs
         half = run(flower, ground, "halves", **{"num-server-rounds": 1})
         halves = run(flower, ground, "halves", **{"run.resume": True, "repair.run": True})
+        run(flower, ground, "streamed", **{"streaming": True, "round-deadline": PATIENCE, "quorum": len(OWNERS)})
 
     assert [key for key, _ in whole.rows] == list(ROW_KEYS)
     assert [len(report.rounds) for report in (whole, half, halves)] == [1 + 2, 1 + 1, 1 + 2]
@@ -58,3 +59,5 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
     tensors, resumed = (Update.load(ground / name / "update.safetensors").tensors for name in ("whole", "halves"))
     assert tensors.keys() == resumed.keys()
     assert all(torch.equal(tensors[name], resumed[name]) for name in tensors)
+    streamed = Update.load(ground / "streamed" / "update.safetensors").tensors  # over Flower's own push and pull
+    assert all(torch.allclose(tensors[name], streamed[name], rtol=1e-4, atol=1e-5) for name in tensors)

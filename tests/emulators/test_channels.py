@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from offsite_fl.emulators.base import Context, copy_structure
 from offsite_fl.emulators.channels import ChannelChain, find_chains, keep_channels
@@ -43,19 +42,8 @@ def test_one_chain_in_every_family(family: str, pico: Callable[..., nn.Module], 
     assert chains[0].paths == (*readers, writer)
 
 
-def test_a_fused_gate_and_up_counts_as_two_parts(context_of: MakeContext) -> None:
-    config = AutoConfig.for_model(
-        "phi3",
-        vocab_size=64,
-        num_hidden_layers=6,
-        hidden_size=32,
-        intermediate_size=48,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)
-    block, hidden, call, chains = chains_of(context_of(AutoModelForCausalLM.from_config(config).eval()))
+def test_a_fused_gate_and_up_counts_as_two_parts(pico_phi3: nn.Module, context_of: MakeContext) -> None:
+    block, hidden, call, chains = chains_of(context_of(pico_phi3))
     assert chains == (ChannelChain(("mlp.gate_up_proj",), "mlp.down_proj", 48, 2),)
     before = call_block(block, hidden, call)
     keep_channels(block, chains[0], torch.randperm(48))

@@ -66,3 +66,19 @@ def test_inputs_that_are_not_finite(pico_llama: nn.Module, context_of: MakeConte
         context.block(0).get_submodule("mlp.down_proj").weight.fill_(torch.inf)  # type: ignore[operator]
     with pytest.raises(EmulatorError, match="aren't finite on the calibration text"):
         list(input_moments(start(context), context, context.calibration, "moments"))
+
+
+def test_only_what_is_wanted(pico_llama: nn.Module, context_of: MakeContext) -> None:
+    """With values come queries and keys, which read the same tensor; inputs of the others aren't looked at."""
+    context = context_of(pico_llama)
+    expected = slow_moments(context, 2)
+    with torch.no_grad():
+        context.block(4).get_submodule("mlp.up_proj").weight.fill_(torch.inf)  # type: ignore[operator]
+    given = start(context), context, context.calibration, "moments"
+    found = dict(input_moments(*given, lambda path: path.endswith("v_proj")))
+    assert all(moments.keys() == {f"self_attn.{x}_proj" for x in "qkv"} for moments in found.values())
+    for path, moments in found[1].items():
+        assert_close(moments, expected[path], rtol=1e-3, atol=1e-4)
+    assert dict(input_moments(*given, lambda _: False)) == {slot: {} for slot in range(4)}
+    with pytest.raises(EmulatorError, match=r"mlp\.down_proj in block 4 aren't finite"):
+        list(input_moments(*given))

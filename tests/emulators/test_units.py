@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from offsite_fl.emulators.base import Context, Emulator, copy_structure, start
 from offsite_fl.emulators.budget import stored_bytes
@@ -22,14 +21,6 @@ from offsite_fl.models.linears import linear_weight
 MakeContext = Callable[..., Context]
 CHAIN, HEADS = ChannelChain(("up",), "down", 10), HeadGroups(("q", "k", "v"), "o", 2)
 WITHOUT_HEADS = ("gpt2", "bloom", "gpt_neox", "opt")
-
-
-def fused(context_of: MakeContext) -> Context:
-    """Phi-3: gate and up are one linear, and so are queries, keys and values."""
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = AutoConfig.for_model("phi3", vocab_size=64, num_hidden_layers=6, pad_token_id=0, **sizes)
-    torch.manual_seed(0)
-    return context_of(AutoModelForCausalLM.from_config(config).eval())
 
 
 def test_families(family: str, pico: Callable[..., nn.Module], context_of: MakeContext) -> None:
@@ -53,8 +44,8 @@ def test_the_size_of_a_unit_is_what_goes_with_it(
         assert before - stored_bytes([block]) == units.size
 
 
-def test_half_of_a_fused_linear(context_of: MakeContext) -> None:
-    context = fused(context_of)
+def test_half_of_a_fused_linear(pico_phi3: nn.Module, context_of: MakeContext) -> None:
+    context = context_of(pico_phi3)
     (units, *_) = find_units(start(context), context)
     block = copy_structure(context.block(1))
     before = stored_bytes([block])
@@ -80,8 +71,8 @@ def test_saliency_is_fedpfts_on_two_linears(pico: Callable[..., nn.Module], cont
     assert_close(saliency(context.block(1), units), both.detach().norm(dim=0))
 
 
-def test_saliency_of_fused_halves(context_of: MakeContext) -> None:
-    context = fused(context_of)
+def test_saliency_of_fused_halves(pico_phi3: nn.Module, context_of: MakeContext) -> None:
+    context = context_of(pico_phi3)
     units = find_units(start(context), context)[0]
     mlp = context.block(1).mlp
     gate, up = mlp.gate_up_proj.weight.detach().chunk(2)  # type: ignore[union-attr, operator]

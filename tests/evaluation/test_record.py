@@ -23,7 +23,7 @@ from offsite_fl.evaluation.tables import print_report, summary
 def report() -> RunReport:
     rounds = [
         RoundRecord(0, Row(4.0), Row(6.0)),
-        RoundRecord(1, Row(3.5), Row(5.0), {"a": {"train_loss": 4.25, "num_examples": 12}}, seconds=1.5),
+        RoundRecord(1, Row(3.5), Row(5.0), {"a": {"train_loss": 4.25, "num_examples": 12}}, clipped=2, seconds=1.5),
         RoundRecord(2, dropped=[Dropped("17", "two values aren't finite")], skipped=True),
     ]
     return RunReport(
@@ -60,6 +60,7 @@ def test_report_json_has_the_promised_keys(report: RunReport, tmp_path: Path) ->
         "clients": {},
         "dropped": [{"node": "17", "reason": "two values aren't finite"}],
         "skipped": True,
+        "clipped": 0,
         "seconds": None,
     }
     assert found["rounds"][1]["clients"] == {"a": {"train_loss": 4.25, "num_examples": 12}}
@@ -138,6 +139,7 @@ def test_files_that_hold_no_report(text: str, words: str, tmp_path: Path) -> Non
         ("rounds", [{"round": 1, "plug_in": {"loss": "x"}}], r"rounds\[0\].plug_in.loss must be a number"),
         ("rounds", [{"round": 1, "dropped": [{"node": "a"}]}], r"rounds\[0\].dropped\[0\] lacks reason"),
         ("rounds", [{"round": 1, "skipped": "no"}], "skipped must be true or false"),
+        ("rounds", [{"round": 1, "clipped": -1}], "clipped must be a whole number"),
         ("rounds", [{"round": 1, "clients": {"a": {"train_loss": "x"}}}], r"clients.a.train_loss must be a number"),
         ("seeds", {"run": 1.5}, "seeds.run must be a whole number"),
         ("seconds", {"all": "long"}, "seconds.all must be a number"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -23,17 +22,10 @@ from offsite_fl.models.linears import (
     named_linears,
     replace_module,
 )
-from offsite_fl.models.network import (
-    NetworkPlan,
-    build_network,
-    expected_tensors,
-    fill_network,
-    place_blocks,
-    plan_network,
-    shared_tensors,
-)
-from offsite_fl.models.plug import adapter_tensors
+from offsite_fl.models.network import expected_tensors, place_blocks
 from offsite_fl.models.walk import call_block, capture_calls
+
+from .conftest import rebuilt
 
 Pico = Callable[..., nn.Module]
 Batch = dict[str, torch.Tensor]
@@ -55,22 +47,6 @@ def random_harmonizer(model: nn.Module, index: int, batch: Batch, rank: int = 4)
         for parameter in new.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     return new.requires_grad_(False)
-
-
-def rebuilt(
-    model: nn.Module, adapter: tuple[int, ...], layout: dict[int, int], emulator: list[nn.Module], origins: list[int]
-) -> tuple[nn.Module, NetworkPlan]:
-    """What a client makes of the plan's JSON and the tensors."""
-    blocks = find_blocks(model)
-    plan = plan_network(model, blocks, adapter, layout, emulator, origins)
-    plan = NetworkPlan.from_json(json.loads(json.dumps(plan.to_json())))
-    tensors = {n: t.detach() for n, t in adapter_tensors(model, blocks, adapter).items()}
-    tensors |= shared_tensors(model, blocks)
-    for slot, block in enumerate(emulator):
-        tensors |= {f"emulator.{slot}.{name}": tensor for name, tensor in block.state_dict().items()}
-    network = build_network(plan)
-    fill_network(network, plan, tensors)
-    return network, plan
 
 
 def test_by_hand() -> None:
@@ -115,7 +91,7 @@ def test_the_model_runs_as_if_walked_by_hand(family: str, pico: Pico, pico_batch
     blocks = find_blocks(model)
     stack = block_list(model, blocks)
     ones = [random_harmonizer(model, 1, pico_batch), copy.deepcopy(stack[3]), random_harmonizer(model, 4, pico_batch)]
-    network, plan = rebuilt(model, (0, 5), {1: 0, 3: 1, 4: 2}, ones, [1, 3, 4])
+    network, plan = rebuilt(model, {1: 0, 3: 1, 4: 2}, ones, [1, 3, 4])
     assert plan.linears[0][""] == {"kind": "harmonizer", "in": 32, "rank": 4, "returns": returned_by(model, pico_batch)}
     calls = capture_calls(model, blocks, pico_batch)
     state = calls[0].hidden
@@ -136,7 +112,7 @@ def test_generating_with_a_cache_agrees_with_none(family: str, pico: Pico, pico_
     """Also where the first block, off which BLOOM reads how long the text is, and all sliding ones are harmonizers."""
     model = pico(family)
     ones: list[nn.Module] = [random_harmonizer(model, index, pico_batch) for index in (0, 2, 3)]
-    network: Any = rebuilt(model, (1, 4, 5), {0: 0, 2: 1, 3: 2}, ones, [0, 2, 3])[0]
+    network: Any = rebuilt(model, {0: 0, 2: 1, 3: 2}, ones, [0, 2, 3], (1, 4, 5))[0]
     options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     prompt = pico_batch["input_ids"][:1]
     with_cache, without = (
@@ -147,7 +123,7 @@ def test_generating_with_a_cache_agrees_with_none(family: str, pico: Pico, pico_
 
 def test_gradients_reach_the_adapter_through_it(pico_llama: nn.Module, pico_batch: Batch) -> None:
     one = random_harmonizer(pico_llama, 2, pico_batch)
-    network, _ = rebuilt(pico_llama, (0, 5), {2: 0}, [one], [2])
+    network, _ = rebuilt(pico_llama, {2: 0}, [one], [2])
     network(**pico_batch).loss.backward()
     trained = {name for name, p in network.named_parameters() if p.grad is not None and bool(p.grad.abs().sum() > 0)}
     assert trained == {n for n, _ in network.named_parameters() if n.startswith(("model.layers.0.", "model.layers.2."))}
@@ -180,7 +156,7 @@ def test_description_and_rebuilding(replaced: str, pico_llama: nn.Module, pico_b
 
 def test_a_shared_harmonizer_is_one_set_of_parameters(pico_llama: nn.Module, pico_batch: Batch) -> None:
     one = random_harmonizer(pico_llama, 2, pico_batch)
-    network, plan = rebuilt(pico_llama, (0, 5), {1: 0, 4: 0}, [one], [2])
+    network, plan = rebuilt(pico_llama, {1: 0, 4: 0}, [one], [2])
     first, second = network.model.layers[1], network.model.layers[2]  # type: ignore[union-attr,index]
     assert first.down.weight is second.down.weight
     assert (first.layer_idx, second.layer_idx) == (1, 2)

@@ -355,3 +355,48 @@ def test_other_kinds_carry_no_such_mark(kind: str) -> None:
     table = {"b": EXPECTED["b"] | {"resized": True}} if kind == "resized" else {"": HARMONIZER | {"resized": True}}
     with pytest.raises(ModelError, match=f"a {kind} entry has fields"):
         apply_linears(small_block(), table)
+
+
+def test_replaced_linears_still_have_a_weight_and_a_bias() -> None:
+    # Mamba multiplies by dt_proj.weight itself, T5 asks wo.weight for its dtype
+    generator = torch.Generator().manual_seed(0)
+    dense = nn.Linear(8, 6)
+    dense.weight.data = torch.randn(6, 8, generator=generator)
+    packed = QuantizedLinear.from_linear(dense, bits=8, group=8)
+    assert torch.equal(packed.weight, packed.dequantized()) and packed.weight.shape == (6, 8)
+    up, down = torch.randn(6, 2, generator=generator), torch.randn(2, 8, generator=generator)
+    low = LowRankLinear.from_factors(up, down, dense.bias)
+    torch.testing.assert_close(low.weight, up @ down)
+    x = torch.randn(3, 8, generator=generator)
+    assert low.bias is not None
+    torch.testing.assert_close(x @ low.weight.T + low.bias, low(x))
+    low.up = QuantizedLinear.from_linear(low.up, bits=8, group=2)
+    torch.testing.assert_close(low.weight, low.up.dequantized() @ down)
+    assert "weight" not in dict(low.named_parameters()) and LowRankLinear.from_factors(up, down, None).bias is None
+
+
+def test_what_counts_as_a_linear() -> None:
+    class Written(nn.Linear):
+        """Falcon's: the same map in other words."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out = x @ self.weight.T
+            return out if self.bias is None else out + self.bias
+
+    class Router(nn.Linear):
+        """Returns more than the product."""
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:  # type: ignore[override]
+            return super().forward(x), 1
+
+    class Scaled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    before = torch.random.get_rng_state()
+    found = [is_linear(cls(3, 2)) for cls in (nn.Linear, Written, Router, Scaled)]
+    assert found == [True, True, False, False]
+    after = torch.random.get_rng_state()
+    torch.random.set_rng_state(before)
+    [cls(3, 2) for cls in (nn.Linear, Written, Router, Scaled)]
+    assert torch.equal(torch.random.get_rng_state(), after)  # asking draws no random number

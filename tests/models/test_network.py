@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from offsite_fl.errors import ModelError
-from offsite_fl.models.blocks import Blocks, block_list, find_blocks
+from offsite_fl.models.blocks import block_list, find_blocks
 from offsite_fl.models.linears import LowRankLinear, QuantizedLinear, linear_bias, linear_weight, named_linears
 from offsite_fl.models.linears import replace_module as put
 from offsite_fl.models.network import (
@@ -30,9 +30,10 @@ from offsite_fl.models.network import (
 from offsite_fl.models.plug import adapter_tensors
 from offsite_fl.models.walk import call_block, capture_calls
 
+from .conftest import ENDS, rebuilt, tensors_of
+
 Pico = Callable[..., nn.Module]
 Batch = dict[str, torch.Tensor]
-ENDS = (0, 5)
 
 
 def owner_logits(model: nn.Module, run: Sequence[tuple[nn.Module, int]], batch: Batch) -> torch.Tensor:
@@ -50,29 +51,6 @@ def owner_logits(model: nn.Module, run: Sequence[tuple[nn.Module, int]], batch: 
         logits: torch.Tensor = model(**batch).logits  # norm and head run on what the hook hands them
     handle.remove()
     return logits
-
-
-def tensors_of(model: nn.Module, blocks: Blocks, adapter: Sequence[int], emulator: Sequence[nn.Module]) -> Batch:
-    tensors: Batch = {n: t.detach().clone() for n, t in adapter_tensors(model, blocks, adapter).items()}
-    for slot, block in enumerate(emulator):
-        tensors |= {f"emulator.{slot}.{n}": t.clone() for n, t in block.state_dict().items()}
-    return tensors | {n: t.clone() for n, t in shared_tensors(model, blocks).items()}
-
-
-def rebuilt(
-    model: nn.Module,
-    layout: Mapping[int, int],
-    emulator: Sequence[nn.Module],
-    origins: Sequence[int],
-    adapter: Sequence[int] = ENDS,
-) -> tuple[nn.Module, NetworkPlan]:
-    """What a client makes of the plan's JSON and the tensors."""
-    blocks = find_blocks(model)
-    plan = plan_network(model, blocks, adapter, layout, emulator, origins)
-    plan = NetworkPlan.from_json(json.loads(json.dumps(plan.to_json())))
-    network = build_network(plan)
-    fill_network(network, plan, tensors_of(model, blocks, adapter, emulator))
-    return network, plan
 
 
 def verbatim(model: nn.Module, origins: Sequence[int]) -> list[nn.Module]:

@@ -5,7 +5,16 @@ import torch
 
 from offsite_fl.config import LoraOptions
 from offsite_fl.errors import ConfigError, UpdateError
-from offsite_fl.tuning.lora import add_lora, expected_factors, merge_lora
+from offsite_fl.tuning.lora import (
+    add_lora,
+    added,
+    expected_factors,
+    first_components,
+    merge_lora,
+    padded,
+    target_weights,
+    trained_names,
+)
 
 
 def ends(model):
@@ -131,3 +140,42 @@ def lora_free():
     from tests.conftest import make_pico
 
     return ends(make_pico("llama"))
+
+
+def test_added_to_plain_values_as_peft_merges(pico, family):
+    model, options = pico(family), LoraOptions(rank=3, alpha=6.0)
+    blocks = ends(model)
+    live = {f"adapter.{k}.{n}": p for k, block in blocks.items() for n, p in block.named_parameters()}
+    values = {name: p.detach().clone() for name, p in live.items()}
+    before = {name: value.clone() for name, value in values.items()}
+    shapes = expected_factors(blocks, options)
+    generator = torch.Generator().manual_seed(3)
+    factors = {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes.items()}
+    found = added(values, factors, target_weights(blocks, options), 6.0 / 3)
+    expected = merge_lora(blocks, factors, options)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=name)
+    assert all(torch.equal(values[name], before[name]) for name in values)
+
+
+def test_components_are_cut_and_filled_up():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(3, 5, generator=generator), torch.randn(4, 3, generator=generator)
+    factors = {"adapter.0.q.lora_A.weight": a, "adapter.0.q.lora_B.weight": b}
+    cut = first_components(factors, 2)
+    assert [tuple(t.shape) for t in cut.values()] == [(2, 5), (4, 2)]
+    first_two = sum(torch.outer(b[:, i], a[i]) for i in range(2))
+    grown = padded(cut, 3)
+    assert {name: t.shape for name, t in grown.items()} == {name: t.shape for name, t in factors.items()}
+    grown_a, grown_b = grown.values()
+    torch.testing.assert_close(grown_b @ grown_a, first_two)
+    assert grown_a[2].abs().max() == 0 and grown_b[:, 2].abs().max() == 0
+    for same in (padded(factors, 3), first_components(factors, 3)):
+        assert all(torch.equal(same[name], tensor) for name, tensor in factors.items())
+
+
+def test_names_of_the_trained_factors():
+    names = ["adapter.0.q.lora_A.weight", "adapter.0.q.lora_B.weight"]
+    assert [trained_names(names, train) for train in ("both", "a", "b")] == [names, names[:1], names[1:]]
+    assert trained_names(["adapter.0.q.weight"], "both") == ["adapter.0.q.weight"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -75,3 +78,19 @@ def test_bytes_are_counted_for_what_flower_can_t_count() -> None:
     counted = count_bytes(RecordDict({"c": config, "m": MetricRecord({"x": 1.0}), "a": ArrayRecord([np.zeros(2)])}))
     # keys 5+4+1+3+4, values 0+0+8+1+2; key 1 + 8; key "0" + header 128 + 16
     assert counted == {"config": 28, "metrics": 9, "arrays": 145}
+
+
+def test_looking_into_a_message_keeps_nothing_of_it_alive() -> None:
+    """Flower's own views of a content refer to themselves, so they'd hold its arrays until Python looks for cycles."""
+    content = RecordDict(
+        {"arrays": ArrayRecord({"a": Array(np.zeros(3))}), "m": MetricRecord({"x": 1}), "c": ConfigRecord({"y": 2})}
+    )
+    array = weakref.ref(content["arrays"]["a"])
+    gc.disable()
+    try:
+        only_arrays(content), only_metrics(content), only_config(content)
+        count_bytes(content)
+        del content
+        assert array() is None
+    finally:
+        gc.enable()

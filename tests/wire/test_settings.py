@@ -7,7 +7,14 @@ from flwr.app import ConfigRecord
 
 from offsite_fl.config import TuneConfig
 from offsite_fl.errors import ConfigError, WireError
-from offsite_fl.wire.settings import client_seed, server_round, tune_from_config, tune_of_round, tune_to_config
+from offsite_fl.wire.settings import (
+    client_seed,
+    server_round,
+    tune_from_config,
+    tune_of_round,
+    tune_of_run,
+    tune_to_config,
+)
 
 
 def test_settings_survive_the_wire() -> None:
@@ -26,6 +33,19 @@ def test_a_site_overrides_what_is_its_own_business() -> None:
         tune_from_config(config, {"tune.lora-rank": 2}, "a")
     with pytest.raises(ConfigError, match="did you mean 'batch-size'"):
         tune_from_config(config, {"tune.batchsize": 2}, "a")
+
+
+def test_a_site_may_take_a_smaller_rank_at_the_run_s_scale() -> None:
+    config = tune_to_config(TuneConfig(lora_rank=8, lora_alpha=32.0))
+    tune = tune_from_config(config, {"tune.lora-rank": 2, "tune.batch-size": 1}, "a")
+    assert (tune.lora_rank, tune.lora_alpha, tune.batch_size) == (2, 8.0, 1)  # 32 / 8 is 8 / 2
+    assert tune_of_run(config).lora_rank == 8
+    for rank in (0, 9):
+        with pytest.raises(ConfigError, match=f"tune.lora-rank = {rank} of this site must lie from 1 to 8"):
+            tune_from_config(config, {"tune.lora-rank": rank}, "a")
+    for name in ("alpha", "dropout", "targets", "train", "fresh"):
+        with pytest.raises(ConfigError, match=f"tune.lora-{name} can't be set for one site"):
+            tune_from_config(config, {f"tune.lora-{name}": 1}, "a")
 
 
 def test_the_proximal_weight_of_fedprox_wins() -> None:

@@ -4,6 +4,7 @@ from flwr.app import Context
 
 from offsite_fl.client_app import Data, load_from_node_config, make_client_app
 from offsite_fl.errors import ConfigError
+from quickstart.attack import misbehave, or_flipped
 from quickstart.settings import DataPart
 
 
@@ -25,4 +26,4 @@ def name(context: Context) -> str | None:
     return DataPart.of(context.run_config).owners[int(context.node_config["partition-id"])]
 
 
-app = make_client_app(load_data, name=name)
+app = make_client_app(or_flipped(load_data), name=name, train_mods=[misbehave])

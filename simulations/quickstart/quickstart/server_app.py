@@ -23,9 +23,10 @@ from offsite_fl.measure import Measure
 from offsite_fl.models.split import Split
 from offsite_fl.owner import ModelOwner
 from offsite_fl.repair import Repair
-from offsite_fl.strategies import OffsiteTuning, central_evaluation
+from offsite_fl.strategies import FedPer, OffsiteTuning, central_evaluation
 from offsite_fl.strategies.checkpoint import check_unused
 from offsite_fl.strategies.named import make_strategy
+from quickstart.attack import threat_of
 from quickstart.settings import Settings
 
 app = ServerApp()
@@ -59,6 +60,7 @@ def seed_everything(seed: int) -> None:
 def main(grid: Grid, context: Context) -> None:
     """One run of the federation, from the full model to the report."""
     settings, clock = Settings.of(context.run_config), Clock()
+    threat_of(context.run_config)  # an attack that can't be carried out ends the run here, not its rounds
     folder = Path(settings.run.folder).absolute()
     seed_everything(settings.main.seed)
     with clock("opening the model"):
@@ -75,6 +77,13 @@ def main(grid: Grid, context: Context) -> None:
         tune=settings.tune,
         min_results=settings.main.min_results,
         max_update_norm=settings.main.max_update_norm or None,
+        clip_update_norm=settings.main.clip_update_norm or None,
+        max_norm_ratio=settings.main.max_norm_ratio or None,
+        min_cosine=settings.main.min_cosine,
+        streaming=settings.main.streaming,
+        round_deadline=settings.main.round_deadline or None,
+        quorum=settings.main.quorum or None,
+        public=settings.data.file("public", ".txt"),
         run_dir=folder,
         resume=settings.run.resume,
         keep_checkpoints=settings.run.keep_checkpoints,
@@ -84,8 +93,11 @@ def main(grid: Grid, context: Context) -> None:
         strategy.start(
             grid,
             num_rounds=settings.main.num_server_rounds,
-            evaluate_fn=central_evaluation(measure, settings.tune.lora, every=settings.test.every),
+            evaluate_fn=central_evaluation(
+                measure, strategy.lora, every=settings.test.every, patch=lambda: strategy.patch
+            ),
         )
+    measure.use_patch(strategy.patch)
     repair = None
     if settings.repair.run:
         with clock("measuring the repair on public text"):
@@ -235,6 +247,8 @@ def notes(strategy: OffsiteTuning, settings: Settings) -> list[str]:
             f"Full fine-tuning had the federation's {work.steps} sequential optimiser steps of {work.examples} "
             f"examples, on the pooled data of {', '.join(work.owners)}, at lr {settings.baseline.lr:g}."
         )
+    if isinstance(strategy.base, FedPer):
+        found.append(strategy.base.note)
     if set(work.owners) < set(settings.data.owners):
         found.append(
             f"Only {len(work.owners)} of {len(settings.data.owners)} data owners took part, but the test is on all "

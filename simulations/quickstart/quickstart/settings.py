@@ -13,6 +13,16 @@ from offsite_fl.errors import DataError, ModelError
 GROUPS = ("tune.", "data.", "test.", "baseline.", "repair.", "run.")
 
 
+def model_path(model: str) -> str:
+    """What to open for the run config's ``model``: ``pico`` stands for a folder in the cache."""
+    if model != "pico":
+        return model
+    folder = cache_root() / "pico"
+    if not folder.is_dir():
+        raise ModelError(f"the model 'pico' isn't in {folder}: make it once by `make pico`")
+    return str(folder)
+
+
 @dataclass(frozen=True)
 class Main:
     """The keys without a dot."""
@@ -27,18 +37,21 @@ class Main:
     num_server_rounds: int
     min_results: int
     max_update_norm: float
+    clip_update_norm: float
+    max_norm_ratio: float
+    min_cosine: float | None
+    streaming: bool
+    round_deadline: float
+    quorum: int
     codec: str
     delivery_timeout: float
     seed: int
+    attack: str
+    attackers: tuple[int, ...]
 
     def model_path(self) -> str:
         """What to open: ``model``, or the folder in the cache that ``pico`` stands for."""
-        if self.model != "pico":
-            return self.model
-        folder = cache_root() / "pico"
-        if not folder.is_dir():
-            raise ModelError(f"the model 'pico' isn't in {folder}: make it once by `make pico`")
-        return str(folder)
+        return model_path(self.model)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,168 @@
+"""The model owner's side of FedBiOT: train LoRA factors on the emulator towards the full model, on public text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offsite_fl.alignment.losses import kl_of_logits
+from offsite_fl.alignment.options import AlignmentOptions
+from offsite_fl.alignment.passes import passed
+from offsite_fl.bundle import Bundle
+from offsite_fl.data.examples import to_examples
+from offsite_fl.data.fingerprints import Fingerprints, fingerprints
+from offsite_fl.data.loader import Batch, SeededOrder, pad_batch, pad_id_of
+from offsite_fl.data.sources import Source
+from offsite_fl.data_owner import DataOwner
+from offsite_fl.emulators.distill import relative_error
+from offsite_fl.emulators.student import evaluating
+from offsite_fl.errors import OffsiteError, UpdateError
+from offsite_fl.models.blocks import block_list
+from offsite_fl.models.network import place_blocks
+from offsite_fl.owner import ModelOwner
+from offsite_fl.patch import Patch
+from offsite_fl.tuning.emulator_lora import EmulatorLora
+from offsite_fl.tuning.optimizer import make_optimizer
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """What some alignment steps came to: how many, and the loss of the first and the last batch."""
+
+    steps: int
+    first: float
+    last: float
+
+
+class Aligner:
+    """FedBiOT's lower-level problem (arXiv 2406.17706) on LoRA factors of the emulator, a few steps at a time.
+
+    With the current adapter A in both networks, a step lowers
+    ``||h - h*||^2 / ||h*||^2 + lambda_kl * KL(M(A u E*; x) || M(A u E; x))``: h is the hidden state behind the emulator
+    E, h* the one behind the full middle E*, both over the tokens that aren't padding; the second term compares what the
+    whole networks predict next. A stays as it is, and so do the emulator's own weights: what is learned lies in the
+    factors, which :attr:`patch` hands over.
+
+    A step takes one forward pass of the full model and one of the emulated network. Batches go on from call to call
+    through the public examples, each epoch in another order; the optimiser goes on too, so its state belongs to
+    :meth:`state_dict`. No dropout.
+
+    Args:
+        owner: holds the full model; its model is as before after each call.
+        public: text of nobody's private data, a file or ``datasets.Dataset``.
+        options: see :class:`AlignmentOptions`.
+        bundle: the one that was handed out; None takes the owner's last.
+    """
+
+    def __init__(
+        self,
+        owner: ModelOwner,
+        public: Source,
+        options: AlignmentOptions | None = None,
+        bundle: Bundle | None = None,
+    ) -> None:
+        found = bundle or owner.bundle
+        if found is None:
+            raise UpdateError("there is no emulator to align: call make_bundle() or use_bundle() first")
+        self.owner, self.options = owner, options or AlignmentOptions()
+        self.step = 0
+        self._patch: tuple[int, Patch] | None = None
+        self.examples = to_examples(public, owner.tokenizer, block_size=self.options.block_size)
+        self.pad_id = pad_id_of(owner.tokenizer)
+        self._emulated = DataOwner.open(found, "float32")
+        self.network = self._emulated.model.requires_grad_(False)
+        self.device = next(owner.model.parameters()).device
+        self.factors = EmulatorLora(self.network, self._emulated.plan, self.options.lora, self.options.seed)
+        self.network.to(self.device)
+        self.factors.to(self.device)
+        for parameter in self.factors.parameters.values():
+            parameter.requires_grad_(True)
+        self.optimizer = make_optimizer(self.network, self.factors.parameters, self.options.tuning)
+        middle = owner.split.middle(owner.blocks.depth)
+        behind = sum(index > middle[-1] for index in owner.adapter_indices)
+        places = place_blocks(self.network, self._emulated.plan)
+        self._exits = block_list(owner.model, owner.blocks)[middle[-1]], places[len(places) - behind - 1]
+
+    @property
+    def patch(self) -> Patch:
+        """The factors as they are now, to be handed to the data owners."""
+        if self._patch is None or self._patch[0] != self.step:
+            made = Patch(self.factors.tensors(), self._emulated.bundle.digest, self.options.lora)
+            self._patch = self.step, made
+        return self._patch[1]
+
+    def public(self) -> Fingerprints:
+        """Fingerprints of the public examples, by which a data owner finds out that it holds one of them."""
+        return fingerprints(self.examples)
+
+    def align(self, adapter: Mapping[str, Tensor], steps: int) -> Stepped:
+        """Take ``steps`` steps with the ``adapter`` (full values by slot name) in both networks.
+
+        The adapter is put in once, not for each batch. ``OffsiteError`` names the step where a number isn't finite.
+        """
+        self._emulated.load_adapter(adapter)
+        losses = []
+        with self.owner.plugged_in(adapter) as full, evaluating(full):
+            for _ in range(steps):
+                losses.append(self._step(full))
+        return Stepped(len(losses), losses[0] if losses else math.nan, losses[-1] if losses else math.nan)
+
+    def _step(self, full: nn.Module) -> float:
+        loss = self.loss(full, self._batch(self.step))
+        self._must_be_finite(loss.item(), "loss")
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        parameters = list(self.factors.parameters.values())
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.options.clip_norm or math.inf)
+        self._must_be_finite(float(norm), "gradient norm")
+        self.optimizer.step()
+        self.step += 1
+        return loss.item()
+
+    def loss(self, full: nn.Module, batch: Batch) -> Tensor:
+        """The loss on one batch, a scalar with gradient; ``full`` is the full model with the adapter plugged in."""
+        with_logits = self.options.lambda_kl > 0
+        exit_full, exit_emulated = self._exits
+        device = next(full.parameters()).device
+        with torch.no_grad():
+            goal = passed(full, exit_full, {n: t.to(device) for n, t in batch.items()}, logits=with_logits)
+        moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        got = passed(self.network, exit_emulated, moved, logits=with_logits)
+        mask = moved["attention_mask"]
+        error, size = relative_error(goal[0].to(self.device), got[0], mask)
+        loss = error / size
+        if goal[1] is not None and got[1] is not None:
+            loss = loss + self.options.lambda_kl * kl_of_logits(goal[1].to(self.device), got[1], mask)
+        return loss
+
+    def _batch(self, step: int) -> Batch:
+        """The batch of a step: it follows from the step's number alone."""
+        count, size = len(self.examples), self.options.batch_size
+        epoch, place = divmod(step, math.ceil(count / size))
+        order = SeededOrder(count, True, self.options.seed)
+        order.epoch = epoch
+        rows = list(order)[place * size : (place + 1) * size]
+        return pad_batch([self.examples[row] for row in rows], self.pad_id)
+
+    def _must_be_finite(self, value: float, what: str) -> None:
+        if not math.isfinite(value):
+            raise OffsiteError(
+                f"{what} is {value} in step {self.step + 1} of the alignment; lower its lr (now {self.options.lr:g})"
+            )
+
+    # To go on later --------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step, factors and the optimiser's state, as plain data and tensors."""
+        return {"step": self.step, "factors": self.factors.tensors(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave, made with the same options, bundle and text."""
+        self.factors.load(state["factors"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self._patch = int(state["step"]), None

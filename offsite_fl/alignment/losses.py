@@ -1,0 +1,32 @@
+"""What tells the emulated network from the full one: its hidden state behind the emulator, and what it predicts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Rows of logits that are turned into fp32 probabilities at a time, in elements.
+_CHUNK = 2**24
+
+
+def kl_of_logits(teacher: Tensor, student: Tensor, mask: Tensor) -> Tensor:
+    """``KL(teacher || student)`` of the next-token distributions, in nats, the mean over the tokens ``mask`` keeps.
+
+    Logits are ``[B, T, vocabulary]``, the mask is ``[B, T]``; computed in fp32. FedBiOT (arXiv 2406.17706, the second
+    term of the lower-level problem); its public code counts padding too.
+
+    >>> t = torch.log(torch.tensor([[[0.5, 0.5], [1.0, 0.0]]]).clamp_min(1e-30))
+    >>> s = torch.log(torch.tensor([[[0.25, 0.75], [0.5, 0.5]]]))
+    >>> round(kl_of_logits(t, s, torch.tensor([[1, 0]])).item(), 4)  # 0.5 ln 2 + 0.5 ln (2 / 3)
+    0.1438
+    """
+    kept = mask.bool()
+    goal, got = teacher[kept], student[kept]
+    total = torch.zeros((), device=got.device)
+    rows = max(1, _CHUNK // max(1, got.shape[-1]))
+    for start in range(0, len(got), rows):
+        log_p = goal[start : start + rows].to(got.device).float().log_softmax(-1)
+        log_q = got[start : start + rows].float().log_softmax(-1)
+        total = total + F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    return total / max(1, len(got))

@@ -1,0 +1,108 @@
+"""The data owners of a grid: one site like any other, whose data are those of the cell that a message belongs to."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ConfigRecord, Context, Error, Message
+from flwr.clientapp.typing import ClientAppCallable
+
+from offsite_fl.choosing.peak import peak_memory
+from offsite_fl.client_app import Data, make_client_app
+from offsite_fl.comparing.division import client_name
+from offsite_fl.comparing.results import PEAK
+from offsite_fl.config import TuneConfig
+from offsite_fl.errors import ConfigError, OffsiteError
+from offsite_fl.models.load import load_model
+from offsite_fl.tuning.dtypes import resolve_device
+from offsite_fl.wire import names
+
+CELL = "compare."
+DATA, CACHE, MODEL = CELL + "data", CELL + "cache", CELL + "model"
+ATTACK, ATTACKERS, PACKAGE = CELL + "attack", CELL + "attackers", CELL + "attack-package"
+
+
+def with_cell(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """A Flower mod that puts what a message says about its cell into the run config, where ``load_data`` looks.
+
+    The context is copied: the next message may belong to another cell.
+    """
+    records = message.content.config_records.values() if message.has_content() else ()
+    told = {key: value for record in records for key, value in record.items() if key.startswith(CELL)}
+    run_config: dict[str, Any] = {**context.run_config, **told}
+    node_config = dict(context.node_config)
+    if run_config.get(CACHE):
+        node_config.setdefault("cache-dir", str(run_config[CACHE]))
+    return call_next(message, Context(context.run_id, context.node_id, node_config, context.state, run_config))
+
+
+def with_peak(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """A Flower mod around tuning that adds how much memory it took beyond what this process held before."""
+    settings = message.content.config_records.get(names.CONFIG, ConfigRecord())
+    device = settings.get(names.TUNE + "device") or None
+    with peak_memory(str(resolve_device(TuneConfig(device=device if isinstance(device, str) else None)))) as peak:
+        reply = call_next(message, context)
+    if reply.has_content() and peak.bytes is not None:
+        reply.content.metric_records[names.METRICS][PEAK] = peak.bytes
+    return reply
+
+
+def threat_of(context: Context) -> Any:
+    """Who misbehaves in the cell and how, from the package that the grid names; None in an honest cell."""
+    config = context.run_config
+    if not config.get(ATTACK):
+        return None
+    package = str(config[PACKAGE])
+    try:
+        kind = importlib.import_module(package).Threat
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"attacks are for simulations from the repository: {package}.Threat can't be had here ({error}); run "
+            "offsite-fl compare in its root, or set grid.attack-package"
+        ) from error
+    return kind.of({"attack": config[ATTACK], "attackers": config[ATTACKERS]})
+
+
+def misbehave(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """A Flower mod around tuning that does what the cell's attack says, or nothing."""
+    try:
+        threat = threat_of(context)
+    except OffsiteError as error:
+        return Message(Error(names.REFUSED, f"{type(error).__name__}: {error}"), reply_to=message)
+    if threat is None:
+        return call_next(message, context)
+    reply: Message = threat.mod(message, context, call_next)
+    return reply
+
+
+def load_data(context: Context) -> Data:
+    """This client's file in the cell's folder, with flipped labels for attackers whose attack is that."""
+    threat = threat_of(context)
+    if threat is None or not threat.behaviour.flips_labels:
+        return _file(context)
+    flipped = importlib.import_module(str(context.run_config[PACKAGE])).with_flipped_labels
+    block_size = int(context.run_config[CELL + "block-size"])
+    poisoned: Data = flipped(_file, threat.attackers, _tokenizer_of, block_size)(context)
+    return poisoned
+
+
+def _file(context: Context) -> Data:
+    folder = context.run_config.get(DATA)
+    if not isinstance(folder, str) or not folder:
+        raise ConfigError(f"the message doesn't say {DATA}: this app belongs to offsite-fl compare")
+    return str(Path(folder) / f"{client_name(int(context.node_config['partition-id']))}.jsonl")
+
+
+def _tokenizer_of(context: Context) -> Any:
+    return _tokenizer(str(context.run_config[MODEL]))
+
+
+@functools.cache
+def _tokenizer(model: str) -> Any:
+    return load_model(model)[1]
+
+
+app = make_client_app(load_data, mods=[with_cell], train_mods=[misbehave, with_peak])

@@ -1,0 +1,34 @@
+"""Which emulators can be made of a model at all, told by its task and its blocks before any weight is read."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from offsite_fl.emulators.base import METHODS
+from offsite_fl.emulators.choice import BlockChoice
+from offsite_fl.models.blocks import Blocks, block_list
+from offsite_fl.models.linears import named_linears
+from offsite_fl.models.tasks import NEXT_TOKEN, task_of
+
+# Methods that take the model's next-token loss, or its gradient, on calibration text.
+BY_NEXT_TOKEN = frozenset({"distill", "gradient-match", "gradot", "loss-margin", "scaleot"})
+# Methods that put something else in the place of dense linears.
+BY_LINEARS = frozenset({"gradot", "low-rank", "prune", "quantize", "smooth"})
+
+
+def why_not(name: str, model: nn.Module, blocks: Blocks) -> str | None:
+    """Why the emulator ``name`` can't be made of ``model``, which may lie on meta; None if nothing speaks against it.
+
+    Only what structure tells: a method may still refuse when it is built, and then says why.
+    """
+    task = task_of(model)
+    if name in BY_NEXT_TOKEN and task is not None and task not in NEXT_TOKEN:
+        return f"it needs the next-token loss, which a model for {task} doesn't have"
+    if name in BY_LINEARS and not any(True for block in block_list(model, blocks) for _ in named_linears(block)):
+        return f"no {blocks.cls} holds a dense linear layer"
+    return None
+
+
+def drops_blocks(name: str) -> bool:
+    """Whether the emulator ``name`` leaves whole blocks out, so that others move to other places."""
+    return issubclass(METHODS[name], BlockChoice)

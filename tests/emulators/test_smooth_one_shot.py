@@ -1,0 +1,155 @@
+"""The method smooth in one shot: what it computes, by hand, and what it leaves as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from offsite_fl.emulators.base import Context, start
+from offsite_fl.emulators.budget import emulator_bytes
+from offsite_fl.emulators.groups import dense_linears
+from offsite_fl.emulators.low_rank import LowRank
+from offsite_fl.emulators.reorder import smooth_order
+from offsite_fl.emulators.smooth import Smooth
+from offsite_fl.errors import EmulatorError
+from offsite_fl.models.linears import LowRankLinear, linear_weight
+from tests.emulators.test_penalties import difference_matrix
+
+from .conftest import logits
+
+MakeContext = Callable[..., Context]
+
+
+def product(module: nn.Module) -> Tensor:
+    """The weight that two factors stand for, fp64."""
+    assert isinstance(module, LowRankLinear)
+    return linear_weight(module.up).double() @ linear_weight(module.down).double()
+
+
+def truncated(weight: Tensor, rank: int) -> Tensor:
+    u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ vt[:rank]
+
+
+def test_a_factor_of_zero_is_the_plain_truncation(
+    family: str, pico: Callable[..., nn.Module], context_of: MakeContext
+) -> None:
+    context = context_of(pico(family))
+    plain = LowRank(0.5, "plain").compress(start(context), context)
+    for reorder in (False, True):
+        built = Smooth(0.5, lam=0.0, reorder=reorder).compress(start(context), context)
+        assert_close(logits(built, context), logits(plain, context), rtol=1e-3, atol=1e-4)
+    as_it_stands = Smooth(0.5, lam=0.0, reorder=False).compress(start(context), context)
+    for ours, theirs in zip(as_it_stands.blocks, plain.blocks, strict=True):
+        assert_close(ours.module.state_dict(), theirs.module.state_dict())
+
+
+def test_nuclear_norm_and_differences_by_hand(pico_llama: nn.Module, context_of: MakeContext) -> None:
+    """Attention and down: singular values less lam ||W||_F. Gate and up: (I + 2 lam D'D)^-1 of the reordered W."""
+    context = context_of(pico_llama, calibration=())
+    lam = 0.02
+    built = Smooth(0.5, lam=lam).compress(start(context), context).at(3)
+    own = {path: linear_weight(linear).detach().double() for path, linear in dense_linears(context.block(3))}
+    order = smooth_order(torch.cat([own["mlp.gate_proj"], own["mlp.up_proj"]], dim=1))
+    own["mlp.down_proj"] = own["mlp.down_proj"][:, order]
+    smoothing = torch.linalg.inv(torch.eye(64) + 2 * lam * difference_matrix(64, 2).T @ difference_matrix(64, 2))
+    for path, weight in own.items():
+        new = built.get_submodule(path)
+        if path in ("mlp.gate_proj", "mlp.up_proj"):
+            moved = smoothing @ weight[order]
+        else:
+            u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+            moved = (u * (s - lam * weight.norm()).clamp(min=0)) @ vt
+        assert isinstance(new, LowRankLinear)
+        assert_close(product(new), truncated(moved, new.rank), rtol=1e-4, atol=1e-5)
+
+
+def test_along_inputs(pico_llama: nn.Module, context_of: MakeContext) -> None:
+    """dim=in: down along its columns, in an order by these columns, gate and up by the nuclear norm."""
+    context = context_of(pico_llama, calibration=())
+    built = Smooth(0.5, lam=0.05, dim="in", mlp="d1").compress(start(context), context).at(1)
+    weight = linear_weight(context.block(1).get_submodule("mlp.down_proj")).detach().double()
+    ordered = weight[:, smooth_order(weight.T)]
+    moved = ordered @ torch.linalg.inv(torch.eye(64) + 0.1 * difference_matrix(64, 1).T @ difference_matrix(64, 1))
+    new = built.get_submodule("mlp.down_proj")
+    assert isinstance(new, LowRankLinear)
+    assert_close(product(new), truncated(moved, new.rank), rtol=1e-4, atol=1e-5)
+
+
+def test_weighted_at_zero_is_the_activation_weighted_truncation(pico_llama: nn.Module, context_of: MakeContext) -> None:
+    context = context_of(pico_llama)
+    theirs = LowRank(0.5, "activation").compress(start(context), context)
+    ours = Smooth(0.5, lam=0.0, weighted=True, reorder=False).compress(start(context), context)
+    for path, _ in dense_linears(context.block(2)):
+        both = [product(built.at(2).get_submodule(path)) for built in (ours, theirs)]
+        assert_close(*both, rtol=1e-3, atol=1e-4)
+
+
+def test_weighted_shrinks_in_the_space_of_the_inputs(pico_llama: nn.Module, context_of: MakeContext) -> None:
+    """X W*' has the singular values of X W' less lam times their norm, X being what the linear reads."""
+    context = context_of(pico_llama)
+    lam, path = 0.05, "self_attn.q_proj"
+    built = Smooth(0.5, lam=lam, weighted=True).compress(start(context), context).at(1)
+    seen: list[Tensor] = []
+    linear = context.block(1).get_submodule(path)
+    handle = linear.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    for batch in context.calibration:
+        context.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    handle.remove()
+    kept = torch.cat([batch["attention_mask"] for batch in context.calibration]).bool()
+    x = torch.cat(seen)[kept].double()
+    before = torch.linalg.svdvals(x @ linear_weight(linear).detach().double().T)
+    after = torch.linalg.svdvals(x @ product(built.get_submodule(path)).T)
+    rank = built.get_submodule(path).rank
+    assert_close(after[:rank], (before[:rank] - lam * before.norm()).clamp(min=0), rtol=1e-3, atol=1e-2)  # type: ignore[misc]
+
+
+def test_energy_loses_less_than_equal_shares(pico_llama: nn.Module, context_of: MakeContext) -> None:
+    """Both fit the budget; where spectra differ, ranks by energy leave more of the weights' squares behind."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for index in (1, 2):
+            for path in ("self_attn.q_proj", "mlp.up_proj"):
+                weight = linear_weight(pico_llama.get_submodule(f"model.layers.{index}.{path}"))
+                rows, columns = weight.shape
+                weight.copy_(torch.randn(rows, 2, generator=generator) @ torch.randn(2, columns, generator=generator))
+    context = context_of(pico_llama, calibration=())
+    whole = emulator_bytes(start(context))
+    worst = []
+    for rank in ("budget", "energy"):
+        built = Smooth(0.5, lam=0.0, reorder=False, rank=rank).compress(start(context), context)  # type: ignore[arg-type]
+        assert emulator_bytes(built) <= whole / 2
+        lost = []
+        for block in built.blocks:
+            for path, linear in dense_linears(context.block(block.origin)):
+                new, weight = block.module.get_submodule(path), linear_weight(linear).detach().double()
+                stands = product(new) if isinstance(new, LowRankLinear) else linear_weight(new).double()
+                lost.append(float((stands - weight).square().sum() / weight.square().sum()))
+        worst.append(max(lost))
+    assert worst[1] < 0.8 * worst[0]
+
+
+def test_what_is_not_cut_is_not_moved(pico_llama: nn.Module, context_of: MakeContext) -> None:
+    context = context_of(pico_llama, calibration=())
+    for mode in ("prox", "train"):
+        built = Smooth(1.0, mode, lam=0.1).compress(start(context), context)  # type: ignore[arg-type]
+        for block in built.blocks:
+            assert block.module is not context.block(block.origin)
+            theirs = context.block(block.origin).state_dict()
+            assert all(torch.equal(tensor, theirs[name]) for name, tensor in block.module.state_dict().items())
+        assert built.notes == ()
+
+
+def test_no_text_is_needed_unless_it_is_asked_for(pico_llama: nn.Module, context_of: MakeContext) -> None:
+    context = context_of(pico_llama, calibration=())
+    Smooth().compress(start(context), context)
+    for method, match in (
+        (Smooth(weighted=True), "weighted=true needs calibration text"),
+        (Smooth(mode="train"), "mode=train needs calibration text"),
+    ):
+        with pytest.raises(EmulatorError, match=match):
+            method.compress(start(context), context)

@@ -1,0 +1,187 @@
+"""Pico configurations of many families, as data: what to build, by which task, and what its forward pass takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from offsite_fl.models.tasks import build_model
+
+DEPTH, HIDDEN, VOCAB, IMAGE = 6, 32, 64, 16
+Batch = dict[str, torch.Tensor]
+
+_DECODER: dict[str, Any] = {
+    "num_hidden_layers": DEPTH,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "sliding_window": 4,
+}
+_ENCODER: dict[str, Any] = {
+    "num_hidden_layers": DEPTH,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+_GPT: dict[str, Any] = {"n_layer": DEPTH, "n_embd": HIDDEN, "n_head": 4, "n_positions": 64}
+_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_SEQ2SEQ: dict[str, Any] = {
+    "d_model": HIDDEN,
+    "encoder_layers": 3,
+    "decoder_layers": DEPTH,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+_VISION: dict[str, Any] = _ENCODER | {"image_size": IMAGE, "patch_size": 4, "num_channels": 3}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the matrix: its ``model_type``, the task, what makes it tiny, and what is peculiar about it.
+
+    ``path`` is where its blocks lie; ``first`` the fewest blocks that a split must leave in front as adapter.
+    """
+
+    kind: str
+    task: str
+    path: str
+    config: dict[str, Any] = field(repr=False)
+    first: int = 0
+
+
+def _row(kind: str, path: str, config: dict[str, Any], task: str = "causal-lm", first: int = 0) -> Family:
+    return Family(kind, task, path, config, first)
+
+
+FAMILIES: dict[str, Family] = {
+    "gpt2": _row("gpt2", "transformer.h", _GPT),
+    "gptj": _row("gptj", "transformer.h", _GPT | {"rotary_dim": 4}),
+    "gpt_neox": _row("gpt_neox", "gpt_neox.layers", _ENCODER),
+    "opt": _row("opt", "model.decoder.layers", _ENCODER | {"ffn_dim": 48, "word_embed_proj_dim": HIDDEN}),
+    "bloom": _row("bloom", "transformer.h", {"n_layer": DEPTH, "hidden_size": HIDDEN, "n_head": 4}),
+    "falcon": _row("falcon", "transformer.h", _ENCODER | {"ffn_hidden_size": 48}),
+    "llama2": _row("llama", "model.layers", _DECODER | {"num_key_value_heads": 4}),
+    "llama3": _row(
+        "llama",
+        "model.layers",
+        _DECODER
+        | {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    "mistral": _row("mistral", "model.layers", _DECODER),
+    "mixtral": _row("mixtral", "model.layers", _DECODER | _EXPERTS | {"num_local_experts": 4}),
+    "qwen2": _row("qwen2", "model.layers", _DECODER | {"use_sliding_window": True, "max_window_layers": 3}),
+    "qwen3": _row("qwen3", "model.layers", _DECODER),
+    "qwen3_moe": _row("qwen3_moe", "model.layers", _DECODER | _EXPERTS | {"num_experts": 4}),
+    "gemma2": _row("gemma2", "model.layers", _DECODER),
+    "gemma3": _row("gemma3_text", "model.layers", _DECODER),
+    "phi3": _row("phi3", "model.layers", _DECODER),
+    "olmo2": _row("olmo2", "model.layers", _DECODER),
+    "stablelm": _row("stablelm", "model.layers", _DECODER),
+    "cohere": _row("cohere", "model.layers", _DECODER),
+    "granite": _row("granite", "model.layers", _DECODER),
+    "smollm3": _row("smollm3", "model.layers", _DECODER),
+    "starcoder2": _row("starcoder2", "model.layers", _DECODER),
+    "mamba": _row(
+        "mamba", "backbone.layers", {"num_hidden_layers": DEPTH, "hidden_size": HIDDEN, "state_size": 4, "expand": 2}
+    ),
+    "bert": _row("bert", "bert.encoder.layer", _ENCODER, "sequence-classification"),
+    "roberta": _row("roberta", "roberta.encoder.layer", _ENCODER, "sequence-classification"),
+    "deberta-v2": _row(
+        "deberta-v2",
+        "deberta.encoder.layer",
+        _ENCODER
+        | {
+            "relative_attention": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "position_buckets": 8,
+            "max_relative_positions": -1,
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+            "conv_kernel_size": 3,
+        },
+        "sequence-classification",
+    ),
+    "modernbert": _row("modernbert", "model.layers", _ENCODER | {"local_attention": 4}, "sequence-classification"),
+    "t5": _row(
+        "t5",
+        "decoder.block",
+        {"d_model": HIDDEN, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_decoder_layers": DEPTH, "num_heads": 4},
+        "seq2seq-lm",
+    ),
+    "bart": _row("bart", "model.decoder.layers", _SEQ2SEQ, "seq2seq-lm"),
+    "vit": _row("vit", "vit.layers", _VISION, "image-classification"),
+    "deit": _row("deit", "deit.layers", _VISION, "image-classification"),
+    "beit": _row("beit", "beit.layers", _VISION, "image-classification"),
+    "dinov2": _row("dinov2", "dinov2.encoder.layer", _VISION, "image-classification"),
+    "clip_vision": _row("clip_vision_model", "encoder.layers", _VISION, "features"),
+    "siglip_vision": _row("siglip_vision_model", "encoder.layers", _VISION, "features"),
+    "llava": _row(
+        "llava",
+        "model.language_model.layers",
+        {
+            "text_config": _DECODER | {"model_type": "llama", "vocab_size": VOCAB, "pad_token_id": 0},
+            "vision_config": _VISION | {"model_type": "clip_vision_model", "num_hidden_layers": 8},
+            "image_token_id": 5,
+        },
+        "image-text-to-text",
+    ),
+}
+
+
+def build(name: str, *, seed: int = 0, **changes: Any) -> nn.Module:
+    """A tiny model of the family in eval mode, fp32, every parameter random (norms and biases too)."""
+    family = FAMILIES[name]
+    ids = {"vocab_size": VOCAB, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0, "num_labels": 3}
+    ids = {k: v for k, v in ids.items() if family.task != "image-text-to-text" or k != "vocab_size"}
+    config = AutoConfig.for_model(family.kind, **(ids | family.config | changes))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_model(family.task, config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise * 0.15) if parameter.ndim > 1 else parameter.add_(noise * 0.1)
+    return model.float().eval()
+
+
+def batch_for(name: str, rows: int = 2, length: int = 12, seed: int = 1) -> Batch:
+    """Random inputs of the family's forward pass; the second row of a text is padded from position 9 on."""
+    family, generator = FAMILIES[name], torch.Generator().manual_seed(seed)
+    if "patch_size" in family.config:
+        return {"pixel_values": torch.randn(rows, 3, IMAGE, IMAGE, generator=generator)}
+    ids = torch.randint(6, VOCAB, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    batch = {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+    if family.task == "seq2seq-lm":
+        batch["decoder_input_ids"] = torch.randint(6, VOCAB, (rows, 7), generator=generator)
+    return batch
+
+
+def output_of(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """What the model says of ``batch``: logits, or the last hidden state of one without a head."""
+    output = model(**batch)
+    result = output.logits if hasattr(output, "logits") else output.last_hidden_state
+    assert isinstance(result, torch.Tensor)
+    return result

@@ -1,0 +1,341 @@
+"""Every family of model x what offsite-tuning does with one: find, split, bundle, tune, plug in, compress."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset  # type: ignore[import-untyped,unused-ignore]
+from torch import nn
+
+from offsite_fl.bundle import Bundle
+from offsite_fl.config import TuneConfig
+from offsite_fl.data_owner import DataOwner
+from offsite_fl.emulators import Context, describe_emulators, parse_emulator, start
+from offsite_fl.emulators.applies import why_not
+from offsite_fl.emulators.report import planned_network
+from offsite_fl.errors import ModelError, OffsiteError, UpdateError
+from offsite_fl.models.blocks import block_list, find_blocks
+from offsite_fl.models.network import adapter_parameters, plan_network
+from offsite_fl.models.split import Split
+from offsite_fl.models.tasks import NEXT_TOKEN, build_model, task_of
+from offsite_fl.owner import ModelOwner
+from offsite_fl.update import Update
+from tests.conftest import make_tokenizer
+
+from .families import DEPTH, FAMILIES, Batch, batch_for, build, output_of
+
+NAMES = sorted(FAMILIES)
+ENDS, MIDDLE = (0, 5), (1, 2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Parties:
+    """An owner, the bundle with 1 + 2 + 1 blocks that it made, and a data owner who opened it."""
+
+    owner: ModelOwner
+    bundle: Bundle
+    data_owner: DataOwner
+
+
+@cache
+def model_of(name: str) -> nn.Module:
+    """The family's pico model; shared, so whoever changes it puts it back."""
+    return build(name)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Parties]:
+    """Parties by family, each made when a test first asks."""
+    home = tmp_path_factory.mktemp("families")
+
+    class Made(dict[str, Parties]):
+        def __missing__(self, name: str) -> Parties:
+            # A tokenizer stands in for the image processor of a vision model.
+            owner = ModelOwner(model_of(name), make_tokenizer(), Split(first=1, last=1))
+            bundle = owner.make_bundle("layer-drop:keep=2", home / name)
+            self[name] = Parties(owner, bundle, DataOwner.open(bundle, device="cpu"))
+            return self[name]
+
+    return Made()
+
+
+@contextmanager
+def handing_on(model: nn.Module, places: tuple[int, ...]) -> Iterator[None]:
+    """The blocks at ``places`` run, but hand on the hidden state that they got: the model as if they weren't there."""
+
+    def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        state = args[0] if args else kwargs["hidden_states"]
+        return (state, *output[1:]) if isinstance(output, tuple) else state
+
+    stack = block_list(model, find_blocks(model))
+    handles = [stack[place].register_forward_hook(leave, with_kwargs=True) for place in places]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def context_of(name: str) -> Context:
+    """Two batches of calibration data, with labels where the model predicts tokens."""
+    batches = []
+    for seed in (1, 2):
+        batch = batch_for(name, rows=4, seed=seed)
+        if FAMILIES[name].task in NEXT_TOKEN:
+            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        batches.append(batch)
+    model = model_of(name)
+    return Context(model, find_blocks(model), ENDS, MIDDLE, tuple(batches), tuple(batches))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_blocks_and_task_are_found(name: str) -> None:
+    row, model = FAMILIES[name], model_of(name)
+    blocks = find_blocks(model)
+    assert (blocks.path, blocks.depth, task_of(model)) == (row.path, DEPTH, row.task)
+    with torch.device("meta"):
+        assert find_blocks(build_model(row.task, copy.deepcopy(model.config))) == blocks  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_split_and_join_change_nothing(name: str) -> None:
+    context, batch = context_of(name), batch_for(name)
+    network, _ = planned_network(start(context), context)
+    assert type(network) is type(context.model) and network is not context.model
+    with torch.no_grad():
+        expected = output_of(context.model, batch)
+        torch.testing.assert_close(output_of(network, batch), expected, rtol=1e-5, atol=1e-5)
+    assert float(expected.std()) > 0.01  # else equality would prove little
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bundle_computes_what_the_owner_sees(name: str, made: dict[str, Parties]) -> None:
+    batch, parties = batch_for(name), made[name]
+    with torch.no_grad(), handing_on(parties.owner.model, (2, 3)):  # layer-drop keeps the first and last of the middle
+        expected = output_of(parties.owner.model, batch)
+    with torch.no_grad():
+        full, got = output_of(parties.owner.model, batch), output_of(parties.data_owner.model, batch)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(full, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_step_trains_the_adapter_alone_and_plugs_in(name: str, made: dict[str, Parties]) -> None:
+    owner, data_owner = made[name].owner, made[name].data_owner
+    network = data_owner.model
+    before = {n: t.clone() for n, t in network.state_dict().items()}
+    adapter = adapter_parameters(network, data_owner.plan)
+    output_of(network, batch_for(name)).float().square().mean().backward()
+    assert {id(p) for p in network.parameters() if p.grad is not None} <= {id(p) for p in adapter.values()}
+    for slot in (0, 1):  # the gradient reaches the first block through the whole emulator
+        assert sum(float(p.grad.abs().sum()) for n, p in adapter.items() if f".{slot}." in n and p.grad is not None) > 0
+    torch.optim.SGD(adapter.values(), lr=0.1).step()
+    network.zero_grad(set_to_none=True)
+    inside = tuple(f"{data_owner.plan.blocks_path}.{place}." for place in data_owner.plan.adapter_places().values())
+    changed = {n for n, t in network.state_dict().items() if not torch.equal(t, before[n])}
+    assert changed and all(n.startswith(inside) for n in changed)
+    tuned = data_owner.adapter()
+    data_owner.reset()
+    assert all(torch.equal(t, before[n]) for n, t in network.state_dict().items())
+    check_plug_in(owner, data_owner, tuned)
+
+
+def check_plug_in(owner: ModelOwner, data_owner: DataOwner, tuned: dict[str, torch.Tensor]) -> None:
+    """Exactly the adapter's tensors change, or none and an error; the model is put back."""
+    before = {n: t.clone() for n, t in owner.model.state_dict().items()}
+    inside = tuple(f"{owner.blocks.path}.{index}." for index in ENDS)
+
+    def changed() -> set[str]:
+        return {n for n, t in owner.model.state_dict().items() if not torch.equal(t, before[n])}
+
+    missing = dict(list(tuned.items())[1:])
+    for spoiled in (missing, tuned | {"adapter.7.x": torch.zeros(1)}, {n: t * torch.nan for n, t in tuned.items()}):
+        with pytest.raises(UpdateError):
+            owner.plug_in(Update(spoiled, data_owner.bundle.digest, 1))
+    assert not changed()
+    original = owner.adapter()
+    owner.plug_in(Update(tuned, data_owner.bundle.digest, 1))
+    assert changed() and all(n.startswith(inside) for n in changed())
+    assert all(torch.equal(owner.adapter()[n], t) for n, t in tuned.items())
+    owner.plug_in(Update(original, data_owner.bundle.digest, 1))
+    assert not changed()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tuning_by_the_data_owner(name: str, made: dict[str, Parties]) -> None:
+    data_owner, before = made[name].data_owner, made[name].data_owner.adapter()
+    data = Dataset.from_dict({"text": ["the cat sat on the mat. " * 3]})
+    config = TuneConfig(max_steps=1, block_size=16, batch_size=2, device="cpu")
+    if FAMILIES[name].task not in NEXT_TOKEN:
+        with pytest.raises(ModelError, match="has no next-token loss"):
+            data_owner.tune(data, config)
+        assert all(torch.equal(data_owner.adapter()[n], t) for n, t in before.items())
+        return
+    update = data_owner.tune(data, config)
+    assert update.tensors.keys() == before.keys()
+    assert any(not torch.equal(update.tensors[n], t) for n, t in before.items())
+    data_owner.reset()
+
+
+# What a family can't do, and the words that say so.
+REFUSED = {("mamba", "prune"): "no block has an MLP channel or an attention head"}
+
+
+def check_emulator(name: str, spec: str) -> None:
+    """The emulator builds and its network says finite things, or it refuses in the words of the table."""
+    context, method = context_of(name), spec.split(":")[0]
+    before = [p.clone() for p in context.model.parameters()]
+    reason = why_not(method, context.model, context.blocks)
+    words = "has no next-token loss" if reason else REFUSED.get((name, method))
+    if words:
+        with pytest.raises(OffsiteError, match=words):
+            parse_emulator(spec).compress(start(context), context)
+    else:
+        emulator = parse_emulator(spec).compress(start(context), context)
+        network, _ = planned_network(emulator, context)
+        with torch.no_grad():
+            assert output_of(network, batch_for(name)).isfinite().all()
+    assert all(torch.equal(a, b) for a, b in zip(before, context.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_linears_can_be_factored_and_packed(name: str) -> None:
+    check_emulator(name, "low-rank:keep=0.5,mode=plain+quantize:bits=8,group=8")
+
+
+@pytest.mark.parametrize("name", ["bert", "mamba", "mixtral", "t5", "vit"])
+@pytest.mark.parametrize("spec", ["prune:keep=0.5", "crash:keep=2", "gradot:keep=0.6"])
+def test_emulators_of_peculiar_families(name: str, spec: str) -> None:
+    check_emulator(name, spec)
+
+
+SPECS = {
+    "align": "align",
+    "distill": "distill:steps=2",
+    "gradient-match": "gradient-match:keep=2",
+    "gradot": "gradot:keep=0.6",
+    "loss-margin": "loss-margin:steps=2",
+    "low-rank": "low-rank:keep=0.5",
+    "prune": "prune:keep=0.5",
+    "quantize": "quantize:bits=4,group=8",
+    "scaleot": "scaleot:steps=2",
+    "smooth": "smooth:keep=0.5",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("method", [method.name for method in describe_emulators()])
+def test_every_emulator_of_every_family(method: str, name: str) -> None:
+    check_emulator(name, SPECS.get(method, f"{method}:keep=2"))
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma3", "cohere", "t5", "bart", "llava"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_and_untied_heads(name: str, tied: bool) -> None:
+    model: Any = build(name, tie_word_embeddings=True)
+    head = model.get_output_embeddings()
+    assert head.weight is model.get_input_embeddings().weight
+    if not tied:  # what loading a checkpoint with a head of its own makes, whatever its config says (Flan-T5)
+        head.weight = nn.Parameter(torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(3)))
+    owner = ModelOwner(model, make_tokenizer(), Split(first=1, last=1))
+    context = owner.context()
+    network: Any
+    network, _ = planned_network(start(context), context)
+    assert (network.get_output_embeddings().weight is network.get_input_embeddings().weight) is tied
+    with torch.no_grad():
+        torch.testing.assert_close(output_of(network, batch_for(name)), output_of(model, batch_for(name)))
+
+
+@pytest.mark.parametrize("kind", ["roberta", "xlm-roberta"])
+def test_a_head_that_is_registered_before_its_embedding(kind: str) -> None:
+    # RoBERTa's masked-LM head follows its body, XLM-RoBERTa's comes first: the tied tensor has another first name
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(kind, **(FAMILIES["roberta"].config | {"vocab_size": 64}))
+    model: Any = build_model("masked-lm", config).eval()
+    context = ModelOwner(model, make_tokenizer(), Split(first=1, last=1)).context()
+    network, _ = planned_network(start(context), context)
+    with torch.no_grad():
+        torch.testing.assert_close(output_of(network, batch_for("roberta")), output_of(model, batch_for("roberta")))
+
+
+@pytest.mark.parametrize(("name", "there"), [("t5", "relative_attention_bias"), ("modernbert", "attn_norm")])
+def test_a_first_block_unlike_the_others_stays_first(name: str, there: str) -> None:
+    model = model_of(name)
+    blocks, stack = find_blocks(model), block_list(model, find_blocks(model))
+    with pytest.raises(ModelError, match=rf"block 1 of the 6 .*as block 0 .*{there}.*first=1"):
+        plan_network(model, blocks, (4, 5), {1: 0}, [stack[1]], (1,))
+    plan_network(model, blocks, (4, 5), {0: 0, 3: 1}, [stack[0], stack[3]], (0, 3))
+
+
+SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 2]}
+PYRAMID = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 24, 32], "image_size": 32}
+ENCODER = FAMILIES["bert"].config | {"vocab_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "config", "words"),
+    [
+        ("swin", "image-classification", SWIN | {"window_size": 2}, "no two of the same shapes"),
+        ("convnext", "image-classification", PYRAMID | {"num_stages": 4}, "no two of the same shapes"),
+        ("esm", "masked-lm", ENCODER | {"token_dropout": False}, "contact_head.regression.weight changes with it"),
+        ("albert", "sequence-classification", ENCODER | {"embedding_size": 8}, r"1 block\(s\) can't be split"),
+    ],
+)
+def test_what_cannot_work_says_so_first(kind: str, task: str, config: dict[str, Any], words: str) -> None:
+    from transformers import AutoConfig
+
+    model = build_model(task, AutoConfig.for_model(kind, **config))
+    with pytest.raises(OffsiteError, match=words):
+        ModelOwner(model, make_tokenizer(), Split(first=1, last=1))
+
+
+class Linear8bitLt(nn.Linear):
+    """Named like bitsandbytes' layer, which isn't installed."""
+
+
+def test_models_loaded_in_8_bits_are_refused() -> None:
+    packed = build("llama2")
+    first = block_list(packed, find_blocks(packed))[2]
+    first.self_attn.o_proj = Linear8bitLt(32, 32, bias=False)  # type: ignore[union-attr]
+    with pytest.raises(ModelError, match=r"block 2 .*o_proj is Linear8bitLt here and Linear there.*Load the model"):
+        ModelOwner(packed, make_tokenizer(), Split(first=1, last=1))
+    told: Any = build("llama2")
+    told.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    with pytest.raises(ModelError, match=r"loaded quantized.*load it in float32"):
+        ModelOwner(told, make_tokenizer(), Split(first=1, last=1))
+
+
+def test_images_reach_the_language_tower_through_the_emulator(made: dict[str, Parties]) -> None:
+    # LLaVA with an image: 16 placeholders of the image token among the text, as its processor writes them
+    parties, generator = made["llava"], torch.Generator().manual_seed(0)
+    ids = torch.cat([torch.full((1, 16), 5), torch.randint(6, 64, (1, 6), generator=generator)], dim=1)
+    batch: Batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(1, 3, 16, 16, generator=generator),
+    }
+    with torch.no_grad(), handing_on(parties.owner.model, (2, 3)):
+        expected = output_of(parties.owner.model, batch)
+    with torch.no_grad():
+        torch.testing.assert_close(output_of(parties.data_owner.model, batch), expected, rtol=1e-5, atol=1e-5)
+        other = output_of(parties.data_owner.model, batch | {"pixel_values": batch["pixel_values"] + 1})
+    assert not torch.allclose(other, expected, atol=1e-3)
+
+
+def test_saved_models_are_opened_by_their_own_task(tmp_path: Path) -> None:
+    model: Any = build("bert")
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    owner = ModelOwner.from_pretrained(tmp_path, Split(first=1, last=1), device="cpu")
+    assert (owner.task, type(owner.model)) == ("sequence-classification", type(model))
+    assert torch.equal(output_of(owner.model, batch_for("bert")), output_of(model, batch_for("bert")))

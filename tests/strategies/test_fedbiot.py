@@ -1,0 +1,418 @@
+"""FedBiOT with pico clients: aligned before each broadcast, patched on every site, resumed bit for bit, taken apart."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from flwr.app import ConfigRecord, Context, Message
+from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg
+
+from offsite_fl import client_app
+from offsite_fl.client_app import make_client_app
+from offsite_fl.config import TuneConfig
+from offsite_fl.data_owner import DataOwner
+from offsite_fl.errors import ConfigError
+from offsite_fl.evaluation.loss import evaluate_loss
+from offsite_fl.measure import Measure
+from offsite_fl.models.split import Split
+from offsite_fl.owner import ModelOwner
+from offsite_fl.strategies import FedBiOT, OffsiteTuning, central_evaluation
+from offsite_fl.strategies.named import make_strategy
+from offsite_fl.wire import names
+from tests.conftest import make_pico, make_tokenizer
+from tests.flower_fakes import FakeGrid
+
+TUNE = TuneConfig(
+    max_steps=2, lr=1e-2, batch_size=2, block_size=12, lora_rank=2, progress=False, device="cpu", optimizer="sgd"
+)
+WORDS = ["rain falls on the hills. ", "we sold 40 bolts of cloth. "]
+PUBLIC = Dataset.from_dict({"text": ["the quick brown fox jumps over the lazy dog. " * 3, "a stitch in time. " * 5]})
+ALIGN: dict[str, Any] = {"first_steps": 3, "align_steps": 2, "align_rank": 2, "align_batch": 2, "align_lr": 1e-2}
+NODES: dict[str, Any] = {"min_train_nodes": 2, "min_evaluate_nodes": 2, "min_available_nodes": 2}
+
+
+@pytest.fixture(scope="module")
+def owner(tmp_path_factory: pytest.TempPathFactory) -> ModelOwner:
+    """A pico llama that tunes its last block, behind an emulator of two dropped-layer blocks."""
+    found = ModelOwner(make_pico("llama"), make_tokenizer(), Split(first=0, last=1))
+    found.make_bundle("layer-drop:keep=2", tmp_path_factory.mktemp("owner") / "bundle")
+    gc.collect()
+    return found
+
+
+@pytest.fixture(autouse=True)
+def fresh_process() -> Iterator[None]:
+    client_app._networks.clear()
+    yield
+    client_app._networks.clear()
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> dict[int, dict[str, Any]]:
+    """Two sites, each with a file and a cache of its own."""
+    found = {}
+    for i, words in enumerate(WORDS):
+        data = tmp_path / f"data-{i}.jsonl"
+        data.write_text("\n".join(json.dumps({"text": words * 8}) for _ in range(2 + i)))
+        found[500 + i] = {"name": "ab"[i], "data": str(data), "cache-dir": str(tmp_path / f"cache-{i}")}
+    return found
+
+
+def strategy_for(owner: ModelOwner, base: Any = None, **options: Any) -> OffsiteTuning:
+    base = base or FedBiOT(fraction_evaluate=0.0, **{**ALIGN, **NODES})
+    return OffsiteTuning(base, owner, **{"tune": TUNE, "public": PUBLIC, **options})
+
+
+def fedbiot(**options: Any) -> FedBiOT:
+    return FedBiOT(**{"fraction_evaluate": 0.0, **ALIGN, **NODES, **options})
+
+
+def reasons(strategy: OffsiteTuning) -> list[str]:
+    return [dropped.reason for record in strategy.history for dropped in record.dropped]
+
+
+def patch_files(node: dict[str, Any]) -> list[Path]:
+    return sorted(Path(node["cache-dir"]).glob("patches/*/*/*.safetensors"))
+
+
+class Recorded:
+    """A client app whose replies' patch digests are kept, in order of arrival."""
+
+    def __init__(self) -> None:
+        self.app, self.said = make_client_app(), []  # type: ignore[var-annotated]
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        reply = self.app(message, context)
+        if message.metadata.message_type == "train" and reply.has_content():
+            self.said.append(next(iter(reply.content.config_records.values())).get(names.PATCH))
+        return reply
+
+
+# A round ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_clients_emulator_is_the_servers_after_every_round(owner: ModelOwner, nodes: dict[int, Any]) -> None:
+    """Fault 13: refreshed emulators never left the server."""
+    client, seen = Recorded(), []
+    strategy = strategy_for(owner)
+    strategy.start(FakeGrid(client, nodes), num_rounds=2, evaluate_fn=lambda r, a: seen.append(strategy.patch) or None)
+    assert not reasons(strategy)
+    assert seen[0] is None
+    digests = [patch.digest for patch in seen[1:]]
+    assert client.said == [digests[0]] * 2 + [digests[1]] * 2 and digests[0] != digests[1]
+    for node in nodes.values():
+        assert {path.stem for path in patch_files(node)} == set(digests)
+
+
+def test_no_more_than_two_patches_stay_on_a_site(owner: ModelOwner, nodes: dict[int, Any]) -> None:
+    strategy = strategy_for(owner, min_results=2)
+    strategy.start(FakeGrid(make_client_app(), nodes), num_rounds=3)
+    assert [len(patch_files(node)) for node in nodes.values()] == [2, 2]
+    assert all(strategy.patch.digest in {p.stem for p in patch_files(node)} for node in nodes.values())  # type: ignore[union-attr]
+
+
+def test_bytes_of_patches_are_counted_apart(owner: ModelOwner, nodes: dict[int, Any]) -> None:
+    strategy = strategy_for(owner)
+    strategy.start(FakeGrid(make_client_app(), nodes), num_rounds=2)
+    values = sum(t.numel() * 4 for t in strategy.patch.tensors.values())  # type: ignore[union-attr]
+    for server_round in (1, 2):
+        sent = strategy.ledger.total(round=server_round, kind="patch", direction="down")
+        assert 2 * values < sent < 2 * values + 2 * 300 * (len(strategy.patch.tensors) + 1)  # type: ignore[union-attr]
+    assert strategy.ledger.total(round=2, kind="bundle") == 0
+
+
+def test_alignment_lowers_the_hidden_error_that_clients_see(owner: ModelOwner, nodes: dict[int, Any]) -> None:
+    strategy = strategy_for(owner, fedbiot(first_steps=40))
+    result = strategy.start(FakeGrid(make_client_app(), nodes), num_rounds=1)
+    metrics = result.train_metrics_clientapp[1]
+    assert metrics["alignment_last_loss"] < 0.8 * metrics["alignment_first_loss"]
+
+
+def test_one_round_is_the_clients_own_tuning_on_the_patched_emulator(owner: ModelOwner, nodes: dict[int, Any]) -> None:
+    """What a site does by the round's message equals what it does by hand: patch, proximal term, LoRA."""
+    from offsite_fl.wire.settings import client_seed
+
+    only = {500: nodes[500]}
+    base = fedbiot(epsilon=3.0, min_train_nodes=1, min_available_nodes=1, min_evaluate_nodes=1)
+    strategy = strategy_for(owner, base)
+    start = {name: t.clone() for name, t in strategy.state.items()}
+    strategy.start(FakeGrid(make_client_app(), only), num_rounds=1)
+    alone = DataOwner.open(owner.bundle)  # type: ignore[arg-type]
+    alone.patch(strategy.patch)
+    tune = replace(TUNE, proximal_mu=6.0, seed=client_seed(TUNE.seed, 1, "a"))
+    expected = alone.tune(nodes[500]["data"], tune, start=start)
+    assert all(torch.equal(strategy.state[name], expected.tensors[name]) for name in start)
+    alone.patch(None)
+    bare = alone.tune(nodes[500]["data"], tune, start=start)
+    assert any(not torch.equal(strategy.state[name], bare.tensors[name]) for name in start)
+
+
+def test_epsilon_reaches_the_clients_without_a_half(owner: ModelOwner, nodes: dict[int, Any]) -> None:
+    """Fault 12: the proximal term of the public code has no gradient. epsilon ||.||^2 is mu / 2 ||.||^2."""
+    sent: list[Any] = []
+    app = make_client_app()
+
+    def client(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "train":
+            sent.append(next(iter(message.content.config_records.values()))["tune.proximal-mu"])
+        return app(message, context)
+
+    moved = {}
+    for epsilon in (0.0, 20.0):
+        strategy = strategy_for(owner, fedbiot(epsilon=epsilon, realign=-1))
+        before = owner.adapter_values(strategy.state, strategy.lora)
+        strategy.start(FakeGrid(client, nodes), num_rounds=2)
+        after = owner.adapter_values(strategy.state, strategy.lora)
+        moved[epsilon] = sum(float((after[n] - before[n]).square().sum()) for n in after)
+    assert sent == [0.0] * 4 + [40.0] * 4
+    assert 0 < moved[20.0] < moved[0.0]
+
+
+# Faults and healing -------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_patch_is_found_and_sent_again(
+    owner: ModelOwner, nodes: dict[int, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The site's file is changed after it was confirmed: the site says so, sits this out, and gets the patch whole."""
+    app, tampered = make_client_app(), []
+
+    def client(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "train" and context.node_id == 500 and not tampered:
+            (path,) = patch_files(nodes[500])
+            data = bytearray(path.read_bytes())
+            data[-1] ^= 1
+            path.write_bytes(bytes(data))
+            tampered.append(path)
+        return app(message, context)
+
+    grid = FakeGrid(client, nodes)
+    strategy = strategy_for(owner, fedbiot(realign=0))
+    with caplog.at_level(logging.WARNING):
+        strategy.start(grid, num_rounds=2)
+    assert len(reasons(strategy)) == 1 and "PatchMissing" in reasons(strategy)[0]
+    assert set(strategy.history[1].clients) == {"b"} and set(strategy.history[2].clients) == {"a", "b"}
+    assert grid.types("train.patch") == [500, 501, 500]
+
+
+def test_a_reply_from_another_emulator_is_dropped_with_the_reason(owner: ModelOwner, nodes: dict[int, Any]) -> None:
+    def tamper(reply: Message) -> Message:
+        if reply.has_content() and reply.metadata.message_type == "train" and reply.metadata.src_node_id == 501:
+            config = next(iter(reply.content.config_records.values()))
+            if names.EVALUATES in config:
+                config[names.PATCH] = "0" * 64
+        return reply
+
+    grid = FakeGrid(make_client_app(), nodes, tamper)
+    strategy = strategy_for(owner, fedbiot(realign=0))
+    strategy.start(grid, num_rounds=2)
+    assert [set(record.clients) for record in strategy.history[1:]] == [{"a"}, {"a"}]
+    assert all(
+        reason.startswith("its emulator had patch 000000000000, the server's has") for reason in reasons(strategy)
+    )
+    assert grid.types("train.patch") == [500, 501, 501]  # resent, since the node's emulator wasn't the server's
+
+
+def test_a_site_with_public_examples_is_refused(owner: ModelOwner, nodes: dict[int, Any]) -> None:
+    """Fault 15: the alignment ran on the clients' own data."""
+    Path(nodes[501]["data"]).write_text("\n".join(json.dumps({"text": text}) for text in PUBLIC["text"]))
+    strategy = strategy_for(owner)
+    strategy.start(FakeGrid(make_client_app(), nodes), num_rounds=1)
+    (reason,) = reasons(strategy)
+    assert "PublicOverlap: some of this site's examples are in the public text" in reason
+    assert set(strategy.history[1].clients) == {"a"}
+
+
+def test_each_message_in_a_process_of_its_own(owner: ModelOwner, nodes: dict[int, Any]) -> None:
+    """Fault 14: the client of the public code can't run distributed. As deployed, each message finds a new process."""
+    app = make_client_app()
+
+    def forgetful(message: Message, context: Context) -> Message:
+        client_app._networks.clear()
+        return app(message, context)
+
+    states = []
+    for client in (forgetful, make_client_app()):
+        strategy = strategy_for(owner, fedbiot(epsilon=2.0))
+        strategy.start(FakeGrid(client, nodes), num_rounds=2)
+        assert not reasons(strategy)
+        states.append(strategy.state)
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_round_that_nobody_answers_leaves_the_run_going(owner: ModelOwner, nodes: dict[int, Any]) -> None:
+    """Fault 21: partial participation and failures."""
+    app, rounds = make_client_app(), []
+
+    def client(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "train":
+            number = next(iter(message.content.config_records.values()))["server-round"]
+            rounds.append(number)
+            if number == 1 or context.node_id == 500:
+                raise RuntimeError("out of memory")
+        return app(message, context)
+
+    strategy = strategy_for(owner)
+    before = {name: t.clone() for name, t in strategy.state.items()}
+    strategy.start(FakeGrid(client, nodes), num_rounds=2)
+    assert strategy.history[1].skipped and set(strategy.history[2].clients) == {"b"}
+    assert any(not torch.equal(strategy.state[name], before[name]) for name in before)
+
+
+def test_a_node_that_cannot_take_the_patch_sits_the_round_out(owner: ModelOwner, nodes: dict[int, Any]) -> None:
+    app = make_client_app()
+
+    def client(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == names.TRAIN_PATCH and context.node_id == 500:
+            raise OSError("disk full")
+        return app(message, context)
+
+    grid = FakeGrid(client, nodes)
+    strategy = strategy_for(owner)
+    strategy.start(grid, num_rounds=1)
+    (reason,) = reasons(strategy)
+    assert reason.startswith("patch delivery: ") and grid.types("train") == [501]
+
+
+# Checkpoints --------------------------------------------------------------------------------------------------------
+
+
+def test_resumed_alignment_equals_an_uninterrupted_one(
+    owner: ModelOwner, nodes: dict[int, Any], tmp_path: Path
+) -> None:
+    """Fault 21: factors, optimiser, batches and step count go on where they were, bit for bit."""
+
+    def run(folder: str, rounds: int, **options: Any) -> OffsiteTuning:
+        client_app._networks.clear()
+        strategy = strategy_for(owner, run_dir=tmp_path / folder, **options)
+        strategy.start(FakeGrid(make_client_app(), nodes), num_rounds=rounds)
+        return strategy
+
+    whole = run("whole", 3)
+    run("parts", 2)
+    torch.manual_seed(99), np.random.seed(99)
+    second = run("parts", 3, resume=True)
+    assert not reasons(second)
+    assert second.patch is not None and whole.patch is not None and second.patch.digest == whole.patch.digest
+    assert all(torch.equal(second.state[name], whole.state[name]) for name in whole.state)
+    assert second.patching.source.aligner.step == 3 + 2 + 2  # type: ignore[union-attr]
+
+
+def test_another_public_text_can_t_go_on(owner: ModelOwner, nodes: dict[int, Any], tmp_path: Path) -> None:
+    strategy_for(owner, run_dir=tmp_path / "run").start(FakeGrid(make_client_app(), nodes), num_rounds=1)
+    other = Dataset.from_dict({"text": ["another text of more than twelve letters"]})
+    resumed = strategy_for(owner, run_dir=tmp_path / "run", resume=True, public=other)
+    with pytest.raises(Exception, match=r"base\.public_digest was"):
+        resumed.start(FakeGrid(make_client_app(), nodes), num_rounds=2)
+
+
+# Measuring ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_emulator_row_is_of_the_patched_emulator_and_the_plug_in_is_not(
+    owner: ModelOwner, nodes: dict[int, Any]
+) -> None:
+    measure = Measure(owner, PUBLIC, block_size=12, device="cpu")
+    strategy = strategy_for(owner, fedbiot(first_steps=30))
+    evaluate = central_evaluation(measure, strategy.lora, patch=lambda: strategy.patch)
+    result = strategy.start(FakeGrid(make_client_app(), nodes), num_rounds=1, evaluate_fn=evaluate)
+    metrics = result.evaluate_metrics_serverapp
+    alone = DataOwner.open(owner.bundle, "float32")  # type: ignore[arg-type]
+    assert metrics[0]["emulator_loss"] == pytest.approx(evaluate_loss(alone.model, measure.batches).loss)
+    values = owner.adapter_values(strategy.state, strategy.lora)
+    alone.load_adapter(values)
+    bare = evaluate_loss(alone.model, measure.batches).loss
+    alone.patch(strategy.patch)
+    patched = evaluate_loss(alone.model, measure.batches).loss
+    assert metrics[1]["emulator_loss"] == pytest.approx(patched) and abs(patched - bare) > 1e-3
+    with owner.plugged_in(values) as full:
+        assert metrics[1]["plug_in_loss"] == pytest.approx(evaluate_loss(full, measure.batches).loss)
+    assert measure.emulator_zero_shot().loss == pytest.approx(float(metrics[0]["emulator_loss"]))
+
+
+# Taken apart --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("realign", "steps"),
+    [(1, [5, 2, 2, 2, 2]), (2, [5, 0, 2, 0, 2]), (3, [5, 0, 0, 2, 0]), (0, [5, 0, 0, 0, 0]), (-1, [0] * 5)],
+)
+def test_steps_before_each_broadcast(realign: int, steps: list[int]) -> None:
+    base = FedBiOT(first_steps=5, align_steps=2, realign=realign)
+    assert [base.steps_before(server_round) for server_round in range(1, 6)] == steps
+
+
+@pytest.mark.parametrize(("realign", "sent"), [(0, [500, 501]), (2, [500, 501]), (-1, []), (1, [500, 501, 500, 501])])
+def test_a_patch_travels_only_when_it_is_new(
+    owner: ModelOwner, nodes: dict[int, Any], realign: int, sent: list[int]
+) -> None:
+    grid = FakeGrid(make_client_app(), nodes)
+    strategy = strategy_for(owner, fedbiot(realign=realign))
+    strategy.start(grid, num_rounds=2)
+    assert not reasons(strategy) and grid.types("train.patch") == sent
+    assert (strategy.patch is None) == (realign == -1)
+
+
+def test_without_epsilon_and_alignment_it_is_fedavg(owner: ModelOwner, nodes: dict[int, Any]) -> None:
+    one = strategy_for(owner, fedbiot(epsilon=0.0, realign=-1), public=None)
+    other = strategy_for(owner, FedAvg(fraction_evaluate=0.0, **NODES), public=None)
+    for strategy in (one, other):
+        strategy.start(FakeGrid(make_client_app(), nodes), num_rounds=2)
+    assert all(torch.equal(one.state[name], other.state[name]) for name in one.state)
+
+
+def test_whole_adapters_evaluation_and_wrappers(owner: ModelOwner, nodes: dict[int, Any]) -> None:
+    """A full adapter, a streaming mean, and a privacy wrapper around it; sites evaluate on the patched emulator too."""
+    tune = replace(TUNE, lora_rank=0, validation_share=0.3)
+    plain = strategy_for(owner, fedbiot(fraction_evaluate=1.0), tune=tune, streaming=True)
+    plain.start(FakeGrid(make_client_app(), nodes), num_rounds=2)
+    assert not reasons(plain) and "evaluate_loss" in plain.history[2].clients["a"]
+    private = strategy_for(owner, DifferentialPrivacyServerSideFixedClipping(fedbiot(), 0.1, 10.0, 2))
+    private.start(FakeGrid(make_client_app(), nodes), num_rounds=1)
+    assert not reasons(private) and private.patch is not None
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (fedbiot, {"public": None}, "give it as public, or take fedbiot:realign=-1"),
+        (fedbiot, {"tune": replace(TUNE, proximal_mu=0.1)}, "leave out tune.proximal-mu = 0.1"),
+        (lambda: fedbiot(realign=-2), {}, "0 for once or -1 for never, got -2"),
+        (lambda: fedbiot(placement="first"), {}, "placement must be last or any"),
+        (lambda: fedbiot(align_optimizer="rmsprop"), {}, "optimizer = 'rmsprop'"),
+        (lambda: fedbiot(align_targets="q_prj"), {}, "did you mean 'q_proj'"),
+    ],
+)
+def test_wrong_settings_are_named(owner: ModelOwner, make: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        strategy_for(owner, make(), **options)
+
+
+def test_the_adapter_must_be_the_last_blocks_unless_any_will_do(tmp_path: Path) -> None:
+    owner = ModelOwner(make_pico("llama"), make_tokenizer(), Split(first=1, last=1))
+    owner.make_bundle("layer-drop:keep=2", tmp_path / "bundle")
+    with pytest.raises(ConfigError, match=r"the split is .*: set it to 0-2, or take fedbiot:placement=any"):
+        strategy_for(owner)
+    assert strategy_for(owner, fedbiot(placement="any")).patch is None
+
+
+def test_by_name() -> None:
+    made = make_strategy("fedbiot:epsilon=1.0,lambda-kl=0,realign=0,align-targets=q_proj/v_proj,fraction-train=0.5")
+    assert isinstance(made, FedBiOT) and (made.epsilon, made.lambda_kl, made.realign) == (1.0, 0.0, 0)
+    assert made._alignment(16, 1).targets == ("q_proj", "v_proj") and made.fraction_train == 0.5
+
+
+def test_a_message_without_fedbiot_names_no_patch(owner: ModelOwner) -> None:
+    config = ConfigRecord()
+    OffsiteTuning(FedAvg(), owner, tune=TUNE).patching.sign(config)
+    assert not config
