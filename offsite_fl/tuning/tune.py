@@ -103,7 +103,8 @@ def tune(
         each linear is trained. They are fp32 as well, and the proximal term measures products with them.
     correction
         Added to the gradient of each step, by name, as SCAFFOLD does (arXiv 1910.06378). After clipping: what is
-        clipped is this party's own gradient, so that the mean step less the correction is the mean of the clipped gradients.
+        clipped is this party's own gradient, so that the mean step less the correction is the
+        mean of the clipped gradients.
 
     Raises
     ------
