@@ -16,25 +16,29 @@ from typing import Any
 
 import torch
 from datasets import Dataset  # type: ignore[import-untyped,unused-ignore]
-from flwr.app import ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Array, ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import LocalDpMod
 from flwr.clientapp.typing import ClientAppCallable, Mod
 
 from offsite_fl.bundle import Cache
-from offsite_fl.config import LoraOptions, TuneConfig
+from offsite_fl.config import TuneConfig, cache_root
 from offsite_fl.data.examples import split_examples, to_examples
 from offsite_fl.data.fingerprints import Fingerprints, overlap
 from offsite_fl.data.sources import Source
-from offsite_fl.data_owner import DataOwner
+from offsite_fl.data_owner import DataOwner, adapter_blocks
 from offsite_fl.errors import DataError, OffsiteError, WireError
 from offsite_fl.local.algorithm import LocalAlgorithm, Outcome, read_algorithm
 from offsite_fl.local.patch_store import PatchStore
+from offsite_fl.local.public_question import PublicQuestion, admit
 from offsite_fl.local.turn import Turn, loss_of
+from offsite_fl.tuning.lora import expected_factors
 from offsite_fl.wire import names
+from offsite_fl.wire.backed import check_backed
 from offsite_fl.wire.codecs import decode, encode
 from offsite_fl.wire.packs import read_pack
 from offsite_fl.wire.patches import read_patch
+from offsite_fl.wire.reasons import without_folders
 from offsite_fl.wire.records import only_arrays, only_config, text
 from offsite_fl.wire.replies import beginning, for_reply, references
 from offsite_fl.wire.settings import client_seed, tune_from_config, tune_of_run
@@ -56,7 +60,11 @@ class PatchMissing(OffsiteError):
 
 
 class PublicOverlap(OffsiteError):
-    """This site holds an example of the public text that the server aligns the emulator on."""
+    """This site holds an example of the public text that the server aligns the emulator on.
+
+    That it does is one bit, the answer to a question that the server put. :mod:`offsite_fl.local.public_question` sees
+    to it that a site answers no second one.
+    """
 
 
 class NoValidation(OffsiteError):
@@ -65,6 +73,7 @@ class NoValidation(OffsiteError):
 
 # What is wrong with a site's data is told by line and column, and with the site's own paths: not for the server.
 WITHHELD = "this site's data can't be used; the reason is in the site's own log"
+HIDDEN = "what went wrong is in the site's own log"
 
 CODES: dict[type[OffsiteError], int] = {
     BundleMissing: names.BUNDLE_MISSING,
@@ -108,12 +117,17 @@ def make_client_app(
     """
     local_noise = any(isinstance(mod, LocalDpMod) for mod in train_mods)
     site = _Site(load_data or load_from_node_config, name or client_name, cache, local_noise)
-    app = ClientApp(mods=list(mods))
-    app.query(names.BUNDLE_ACTION)(_answering(site.query_bundle))
-    app.train(names.BUNDLE_ACTION)(_answering(site.store_bundle))
-    app.train(names.PATCH_ACTION)(_answering(site.store_patch))
-    app.train(mods=list(train_mods))(_answering(site.tune))
-    app.evaluate()(_answering(site.evaluate))
+    answering = functools.partial(_answering, folders=site.folders)
+
+    def guard(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        return answering(call_next)(message, context)  # for what the other mods raise
+
+    app = ClientApp(mods=[guard, *mods])
+    app.query(names.BUNDLE_ACTION)(answering(site.query_bundle))
+    app.train(names.BUNDLE_ACTION)(answering(site.store_bundle))
+    app.train(names.PATCH_ACTION)(answering(site.store_patch))
+    app.train(mods=list(train_mods))(answering(site.tune))
+    app.evaluate()(answering(site.evaluate))
     return app
 
 
@@ -136,10 +150,11 @@ def client_name(context: Context) -> str:
     return f"client-{config['partition-id']}" if "partition-id" in config else f"node-{context.node_id}"
 
 
-def _answering(handler: ClientAppCallable) -> ClientAppCallable:
-    """Turn our own errors into error replies whose reason the server logs; a bug keeps its traceback.
+def _answering(handler: ClientAppCallable, folders: Callable[[Context], list[str]]) -> ClientAppCallable:
+    """Turn errors into error replies, whose reason the server logs.
 
-    Of an error in the site's data only that there is one leaves the site.
+    Of an error in the site's data only that there is one leaves the site. Our own errors tell what was wrong, without
+    this site's ``folders``; of any other, as of code that loads data, the server gets the name of its type.
     """
 
     @functools.wraps(handler)
@@ -147,11 +162,16 @@ def _answering(handler: ClientAppCallable) -> ClientAppCallable:
         try:
             return handler(message, context)
         except OffsiteError as error:
-            code, reason = CODES.get(type(error), names.REFUSED), str(error)
+            code, reason = CODES.get(type(error), names.REFUSED), without_folders(str(error), folders(context))
             if isinstance(error, DataError):
                 log.error("this site's data can't be used: %s", error)
                 reason = WITHHELD
+            elif reason != str(error):
+                log.error("the server was told this without the folders: %s", error)
             return Message(Error(code, f"{type(error).__name__}: {reason}"), reply_to=message)
+        except Exception as error:  # Flower would send its text, which may hold paths and data
+            log.exception("this site couldn't answer")
+            return Message(Error(names.REFUSED, f"{type(error).__name__}: {HIDDEN}"), reply_to=message)
 
     return answer
 
@@ -193,6 +213,19 @@ class _Site:
     def name(self, context: Context) -> str:
         """What this site is called."""
         return self.given_name(context) or client_name(context)
+
+    def _lasting_name(self, context: Context) -> str:
+        """The name, or "" where it is made of the node's number, which the server gives anew to whom it likes."""
+        name = self.name(context)
+        return "" if name == f"node-{context.node_id}" else name
+
+    def folders(self, context: Context) -> list[str]:
+        """Paths of this site that errors may name."""
+        cache = self.given_cache or context.node_config.get("cache-dir")
+        root = cache.root if isinstance(cache, Cache) else cache_root(str(cache) if cache else None)
+        told = [str(context.node_config.get(key, "")) for key in ("cache-dir", "data", "validation-data")]
+        paths = [root, *(Path(each) for each in told if each)]
+        return [str(form) for path in paths for form in (path.absolute(), path.resolve()) if len(form.parts) > 1]
 
     # The bundle ------------------------------------------------------------------------------------------------
 
@@ -294,6 +327,8 @@ class _Site:
             settings=task.tune,
             run=task.run,
             received=task.start,
+            codec=task.codec,
+            reference=task.reference,
             data=data,
             cache=self._cache(context).root,
             site=self.name(context),
@@ -312,7 +347,7 @@ class _Site:
         owner = _networks.open(self._cache(context), digest, tune)
         owner.reset()  # nothing of another virtual client's round may stay
         public = self._patch(owner, config, context)
-        known = _reference(owner, run.kept_lora)
+        known = _reference(owner, run, arrays)
         algorithm = read_algorithm(config)
         if algorithm is not None:
             known = self._travelling(algorithm, known, message)
@@ -350,6 +385,9 @@ class _Site:
 
     def _data(self, task: _Task, context: Context) -> _Examples:
         """Examples to tune on and examples to watch, the same division in every round."""
+        if task.public is not None and task.public.size:
+            question = PublicQuestion.of(task.public, task.owner.bundle, task.tune)
+            admit(question, self._cache(context).root, self._lasting_name(context))
 
         def examples(source: Source) -> Dataset:
             tune, tokenizer = task.tune, task.owner.tokenizer
@@ -371,16 +409,19 @@ class _Site:
         )
 
 
-def _reference(owner: DataOwner, lora: LoraOptions | None) -> dict[str, torch.Tensor]:
-    """What travelling values are differences from: the bundle's adapter, or zeros for LoRA factors."""
-    if lora is None:
+def _reference(owner: DataOwner, run: TuneConfig, arrays: Mapping[str, Array]) -> dict[str, torch.Tensor]:
+    """What travelling values are differences from: the bundle's adapter, or zeros for LoRA factors.
+
+    No factor is made before the message's ``arrays`` were held to the shapes that its rank asks for.
+    """
+    shapes: dict[str, tuple[int, int]] = {}
+    if run.lora is not None:
+        shapes = expected_factors(adapter_blocks(owner.model, owner.plan), run.lora)
+        check_backed(arrays, shapes)
+    if run.kept_lora is None:
         handed_out = owner.bundle.tensors()
         return {name: handed_out[name].float() for name in handed_out if name.startswith("adapter.")}
-    inside = owner.lora(lora)
-    try:
-        return {name: torch.zeros_like(value) for name, value in inside.tensors().items()}
-    finally:
-        inside.remove()
+    return {name: torch.zeros(shape) for name, shape in shapes.items()}
 
 
 class _Networks:
@@ -399,7 +440,7 @@ class _Networks:
         if key not in self._open:
             bundle = cache.find(digest)
             if bundle is None:
-                raise BundleMissing(f"bundle {digest[:12]} isn't in the cache {cache.root}")
+                raise BundleMissing(f"bundle {digest[:12]} isn't in this site's cache")
             self._open.clear()
             self._open[key] = DataOwner.open(bundle, tune.frozen_dtype, tune.device)
         return self._open[key]

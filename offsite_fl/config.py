@@ -161,6 +161,26 @@ def kebab(name: str) -> str:
     return name.replace("_", "-")
 
 
+def read_spec(part: str, kind: str, spec: str) -> tuple[str, dict[str, str]]:
+    """Name and options of ``name:key=value,key=value``, which is ``spec`` or a part of it, a ``kind`` of thing.
+
+    ``ConfigError`` names what isn't an option, and a key that is given twice.
+
+    >>> read_spec("scale:factor=10", "attack", "sign-flip+scale:factor=10")
+    ('scale', {'factor': '10'})
+    """
+    name, colon, rest = part.partition(":")
+    values: dict[str, str] = {}
+    for option in rest.split(",") if colon else []:
+        key, equals, value = (text.strip() for text in option.partition("="))
+        if not equals or not key:
+            raise ConfigError(f"{option.strip()!r} in {kind} spec {spec!r} isn't an option; write key=value")
+        if key in values:
+            raise ConfigError(f"{key!r} is given twice in {part!r}")
+        values[key] = value
+    return name.strip(), values
+
+
 def from_mapping(cls: type[C], values: Mapping[str, Any], prefix: str = "") -> C:
     """Build the dataclass ``cls`` from the entries of ``values`` whose key starts with ``prefix``.
 

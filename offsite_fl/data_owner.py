@@ -26,8 +26,8 @@ from offsite_fl.evaluation.loss import LossResult, evaluate_loss
 from offsite_fl.models.network import NetworkPlan, adapter_parameters, build_network, fill_network, place_blocks
 from offsite_fl.patch import Patch, digest_of
 from offsite_fl.tuning.dtypes import prepare_dtypes, resolve_device
-from offsite_fl.tuning.emulator_lora import EmulatorLora
-from offsite_fl.tuning.lora import AdapterLora, add_lora, added, target_weights
+from offsite_fl.tuning.emulator_lora import EmulatorLora, emulator_factors
+from offsite_fl.tuning.lora import AdapterLora, add_lora, added, check_factors, target_weights
 from offsite_fl.tuning.tune import TuneResult, tune
 from offsite_fl.update import Update
 
@@ -107,13 +107,10 @@ class DataOwner:
             return
         if patch.bundle != self.bundle.digest:
             raise UpdateError(f"the patch is for bundle {patch.bundle[:12]}, this one is {self.bundle.digest[:12]}")
-        inside = EmulatorLora(self.model, self.plan, patch.options)
-        try:
-            inside.load(patch.tensors)
-        except UpdateError:
-            inside.remove()
-            raise
-        self._patched = inside
+        # Before any factor is made: the rank is what the patch says of itself.
+        check_factors(emulator_factors(self.model, self.plan, patch.options), patch.tensors)
+        self._patched = EmulatorLora(self.model, self.plan, patch.options)
+        self._patched.load(patch.tensors)
 
     @property
     def patch_digest(self) -> str | None:

@@ -47,8 +47,8 @@ class InProcessGrid(Grid):
 
     client: Client
     nodes: dict[int, dict[str, Any]]
-    contexts: dict[int, Context] = field(default_factory=dict)
-    pushed: dict[str, Message] = field(default_factory=dict)
+    contexts: dict[int, Context] = field(default_factory=dict, kw_only=True)
+    pushed: dict[str, Message] = field(default_factory=dict, kw_only=True)
 
     @classmethod
     def of_partitions(cls, client: Client, names: Iterable[str]) -> InProcessGrid:
@@ -73,19 +73,19 @@ class InProcessGrid(Grid):
         """All nodes."""
         return list(self.nodes)
 
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Take the messages in; the result has an id for each."""
         given = {self._identify(message): message for message in messages}
         self.pushed |= given
         return list(given)
 
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """The replies to those of the messages that weren't answered yet."""
         return [self._reply(self.pushed.pop(message_id)) for message_id in message_ids if message_id in self.pushed]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """The nodes' replies, in the order of the messages; what a node raises is an error reply, as in Flower."""
-        return list(self.pull_messages(self.push_messages(messages)))
+        return self.pull_messages(self.push_messages(messages))
 
     def _identify(self, message: Message) -> str:
         message_id = uuid.uuid4().hex
@@ -96,8 +96,15 @@ class InProcessGrid(Grid):
         node = message.metadata.dst_node_id
         context = self.contexts.setdefault(node, Context(1, node, self.nodes[node], RecordDict(), {}))
         received = copy.copy(message)
-        received.content = separate(message.content)
+        received.content = self._carried(message.content)
         try:
-            return self.client(received, context)
+            reply = self.client(received, context)
+            if reply.has_content():
+                reply.content = self._carried(reply.content)
+            return reply
         except Exception as error:  # a client app is foreign code
             return Message(Error(2, f"{type(error).__name__}: {error}"), reply_to=message)
+
+    def _carried(self, content: RecordDict) -> RecordDict:
+        """What arrives of a message's content, either way."""
+        return separate(content)

@@ -57,6 +57,7 @@ class FedBiOT(Preset):
     """
 
     of_mean = True
+    NOT_STATE = ("_public",)
 
     def __init__(
         self,
@@ -144,6 +145,11 @@ class FedBiOT(Preset):
         log.info("\t├──> Aligning the emulator: %d steps on %d public examples", steps, len(self.aligner.examples))
         self._stepped = self.aligner.align(adapter(), steps)
         log.info("\t│\t└── Loss: %.4f in the first step, %.4f in the last", self._stepped.first, self._stepped.last)
+
+    def check_aggregate(self, adapter: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+        """``OffsiteError`` if the emulator gives no finite loss with an aggregated adapter (its full values)."""
+        if self.aligner is not None:
+            self.aligner.check(adapter())
 
     @property
     def patch(self) -> Patch | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -12,11 +13,10 @@ from offsite_fl.errors import WireError
 
 from .combination import combination, moved, numbers
 from .factors import shares
+from .work import DEFAULT_FACTOR, LR_SUM, STEPS, OfWork, Work
 
-WORK = ("lr_sum", "steps")  # what a reply says about how far it went; the first that all of them have
 
-
-class FedNova(FedAvg):
+class FedNova(OfWork, FedAvg):
     """FedNova: averages the directions of the sites, however many local steps each took (arXiv 2007.07481).
 
     Equation 5 of the paper, with x as it was sent and p_i the sites' shares of the examples,
@@ -29,9 +29,19 @@ class FedNova(FedAvg):
     proximal term it has the paper's form for that. For AdamW the sum of learning rates stands in, because the length of
     its steps hardly depends on that of the gradient. Replies without ``lr_sum``, of other client apps, are
     counted by ``steps``.
+
+    work_factor
+        Inside :class:`~offsite_fl.strategies.OffsiteTuning`, replies whose work is more than this times the round's
+        median, or less than the median by this factor, are dropped. Of two replies that differ by more, both are. A
+        claim within it can still count for up to that many times its update: a bound on updates is loose by as much.
     """
 
-    current: ArrayRecord | None = None
+    work_keys = (LR_SUM, STEPS)
+
+    def __init__(self, work_factor: float = DEFAULT_FACTOR, **options: Any) -> None:
+        super().__init__(**options)
+        self.work_factor = Work(self.work_keys, work_factor).factor
+        self.current: ArrayRecord | None = None
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -49,9 +59,9 @@ class FedNova(FedAvg):
         if not contents or self.current is None:
             return None, None
         metrics = self.train_metrics_aggr_fn(contents, self.weighted_by_key)
-        key = next((key for key in WORK if key in metrics), None)
+        key = next((key for key in self.work_keys if key in metrics), None)
         if key is None:
-            raise WireError(f"FedNova needs the metric {WORK[0]!r} or {WORK[1]!r} in the replies")
+            raise WireError(f"FedNova needs the metric {LR_SUM!r} or {STEPS!r} in the replies")
         parts, work = shares(numbers(contents, self.weighted_by_key)), numbers(contents, key)
         if min(work) <= 0:
             raise WireError(f"metric {key!r} must be above 0, a reply has {min(work):g}")

@@ -26,6 +26,7 @@ class FedPer(LocalStrategy):
     """
 
     of_mean: ClassVar[bool] = True  # of the replies it needs no more than their mean, so it can go with streaming
+    NOT_STATE: ClassVar[tuple[str, ...]] = ("whole",)
 
     def __init__(self, personal: str = "last", **options: Any) -> None:
         super().__init__(**options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
 from flwr.app import ConfigRecord, RecordDict
@@ -38,6 +39,27 @@ class NodeNames:
             log.warning("two nodes call themselves %s; give each its own name in its node config", name)
         self._names[node] = f"{name} (node {node})" if name in self._claims.values() else name
         self._claims[node] = name
+
+    def namesakes(self, nodes: Iterable[int], connected: Container[int]) -> dict[int, str]:
+        """Those of ``nodes`` whose name another node has, with what is to be said about it.
+
+        A name whose node isn't ``connected`` any more goes over to the next one that claims it: a site that was started
+        anew is another node.
+        """
+        refused = {}
+        for node in nodes:
+            claim = self._claims.get(node)
+            if claim is None or self._names[node] == claim:
+                continue
+            holder = next(other for other, name in self._names.items() if name == claim)
+            if holder in connected:
+                refused[node] = (
+                    f"another site is called {claim} too, and what a site keeps between rounds goes by its name: give "
+                    "each site a name of its own in its node config"
+                )
+            else:
+                self._names[holder], self._names[node] = f"{claim} (node {holder})", claim
+        return refused
 
     def __getitem__(self, node: int) -> str:
         return self._names.get(node, f"node-{node}")
@@ -85,6 +107,14 @@ class Journal:
         name = self.nodes[node]
         used = [r.round for r in self.rounds if not r.skipped and weight_key in r.clients.get(name, {})]
         return max(used, default=0)
+
+    def namesakes(self, nodes: Iterable[int], connected: Container[int]) -> dict[int, str]:
+        """See :meth:`NodeNames.namesakes`; what was booked for one that gets its name moves to that name."""
+        before = {node: self.nodes[node] for node in nodes}
+        refused = self.nodes.namesakes(before, connected)
+        for node, name in before.items():
+            self.ledger.rename(name, self.nodes[node])
+        return refused
 
     def drop(self, server_round: int, node: int, reason: str) -> None:
         """Note that a node's reply isn't used."""

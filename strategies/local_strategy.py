@@ -82,5 +82,5 @@ def forms(base: Strategy, form: Form) -> tuple[Form, Form]:
             f"{type(base).__name__} can't go around {part.name}: it takes what travels for the adapter, "
             "which is less or more here"
         )
-    carried = replace(form, reference=part.travels(form.reference), algorithm=part.name)
+    carried = replace(form, reference=part.travels(form.reference), part=part)
     return replace(carried, beside=part.beside(form.reference)), carried if part.evaluates else form

@@ -13,6 +13,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 
 from offsite_fl.config import Factors, TuneConfig
 from offsite_fl.errors import ConfigError
+from offsite_fl.tuning.lora import check_rank
 from offsite_fl.wire import names
 from offsite_fl.wire.replies import FreshFactors
 
@@ -66,5 +67,6 @@ def fresh_factors(owner: ModelOwner, tune: TuneConfig) -> FreshFactors | None:
     if tune.lora is None or not tune.lora_fresh:
         return None
     factors = owner.initial_state(tune.lora, tune.seed)
+    check_rank({name: tuple(value.shape) for name, value in factors.items()})
     zeros = {name: torch.zeros_like(value) for name, value in factors.items()}
     return FreshFactors(zeros, owner.lora_targets(tune.lora), tune.lora.alpha / tune.lora.rank)

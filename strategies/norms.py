@@ -23,8 +23,12 @@ def clipped(tensors: Tensors, sent: Tensors, norm: float, bound: float) -> dict[
     """
     if norm <= bound:
         return dict(tensors)
-    share = bound / norm
+    return scaled(tensors, sent, bound / norm)
+
+
+def scaled(tensors: Tensors, sent: Tensors, factor: float) -> dict[str, torch.Tensor]:
+    """The reply with ``factor`` times the update, ``sent + factor * (tensors - sent)``; fp32 in and out."""
     return {
-        name: (sent[name].double() + share * (tensor.double() - sent[name].double())).float()
+        name: (sent[name].double() + factor * (tensor.double() - sent[name].double())).float()
         for name, tensor in tensors.items()
     }

@@ -54,6 +54,7 @@ from .screening import (
 )
 from .snapshot import nested, rollback_point, settings
 from .streaming import StreamingMean, check_of_mean, step
+from .work import Work
 
 if TYPE_CHECKING:
     from offsite_fl.owner import ModelOwner
@@ -154,6 +155,7 @@ class OffsiteTuning(Strategy):
         self.min_results = min_results
         self.bounds = Bounds(max_update_norm, clip_update_norm, max_norm_ratio, min_cosine)
         self.waiting = Waiting(streaming, round_deadline, quorum)
+        self.work = Work.of(base)
         check(quorum is None or quorum >= min_results, f"a quorum of {quorum} is less than min-results {min_results}")
         if streaming:
             check_of_mean(base)
@@ -266,7 +268,9 @@ class OffsiteTuning(Strategy):
                 aggregate, metrics = self.base.aggregate_train(server_round, messages)
             else:
                 aggregate, metrics = step(self.base, server_round, mean, messages, self.weight_key)
-            return self._train.with_kept(check_aggregate(aggregate, self.form.reference)), metrics
+            arrays = self._train.with_kept(check_aggregate(aggregate, self.form.reference))
+            self.patching.check_aggregate(lambda: self.owner.adapter_values(self.tensors_of(arrays), self.lora))
+            return arrays, metrics
         except Exception as error:  # Flower's strategies raise many kinds; none of them may end the run
             undo()
             self.journal.skip(server_round, f"{type(self.base).__name__} couldn't aggregate: {error}")
@@ -334,6 +338,8 @@ class OffsiteTuning(Strategy):
         nodes = [m.metadata.dst_node_id for m in messages]
         failed = self.delivery.ensure(grid, server_round, nodes)
         failed |= self.patching.ensure(grid, server_round, [node for node in nodes if node not in failed])
+        if form.algorithm is not None:
+            failed |= self.journal.namesakes([n for n in nodes if n not in failed], set(grid.get_node_ids()))
         for node, reason in failed.items():
             self.journal.drop(server_round, node, reason)
         outgoing: Outgoing = prepare(messages, form, server_round, without=failed)
@@ -387,6 +393,8 @@ class OffsiteTuning(Strategy):
             bounds.max_update_norm,
             train=self._train.train,
             clip_update_norm=bounds.clip_update_norm,
+            beside=self._train.beside,
+            work=self.work,
         )
         fold = None if mean is None else mean.add
         return compare(screen_train(answers, expected, fold, self.waiting.quorum), sent, bounds)

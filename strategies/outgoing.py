@@ -11,6 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from offsite_fl.config import Factors, TuneConfig, from_mapping, to_mapping
 from offsite_fl.errors import ConfigError
+from offsite_fl.local.algorithm import LocalAlgorithm
 from offsite_fl.tuning.lora import trained_names
 from offsite_fl.wire import names
 from offsite_fl.wire.beside import parted
@@ -30,7 +31,8 @@ class Form:
 
     ``reference`` has the names of the run's state, which is what travels down. Replies carry the same, or one of the
     two factors of each linear, or, with ``fresh``, factors on top of the state. Where clients run ``algorithm`` instead
-    of plain tuning, ``reference`` has what it lets travel of the state, and ``beside`` what travels beside that.
+    of plain tuning, its ``part`` is theirs, ``reference`` has what it lets travel of the state, and ``beside`` what
+    travels down beside that.
     """
 
     digest: str
@@ -39,7 +41,12 @@ class Form:
     tune: TuneConfig
     fresh: FreshFactors | None = None
     beside: Tensors = field(default_factory=dict)
-    algorithm: str | None = None
+    part: LocalAlgorithm | None = None
+
+    @property
+    def algorithm(self) -> str | None:
+        """Name of what clients run; None is plain tuning."""
+        return None if self.part is None else self.part.name
 
     def plain(self, arrays: ArrayRecord) -> dict[str, torch.Tensor]:
         """fp32 tensors of the record that the wrapped strategy works with."""
@@ -59,14 +66,14 @@ class Form:
             return self.fresh.read(arrays, config, self.codec, sent)
         return read_reply(arrays, config, self.codec, self.reference, sent, train)
 
-    def read_beside(self, arrays: ArrayRecord, config: ConfigRecord) -> dict[str, torch.Tensor]:
-        """What a reply carries beside the state, fp32."""
-        return decode(arrays, config, self.beside, self.codec)
+    def derived(self, sent: Tensors, values: Tensors, metrics: Mapping[str, float]) -> dict[str, torch.Tensor]:
+        """What a reply with these values and metrics means beside the state, fp32; see :class:`LocalAlgorithm`."""
+        return {} if self.part is None else self.part.derived(sent, values, metrics)
 
 
 @dataclass
 class Outgoing:
-    """The messages of one exchange, and the adapter values that the nodes see after decoding.
+    """The messages of one exchange, and the adapter values, and those ``beside``, that the nodes see after decoding.
 
     Fresh factors are a change, so there ``sent`` is the state as the server has it: what the codec rounds on the way
     down is not lost from it. ``train`` says which LoRA factors the messages ask for.
@@ -74,6 +81,7 @@ class Outgoing:
 
     messages: list[Message] = field(default_factory=list)
     sent: Tensors = field(default_factory=dict)
+    beside: Tensors = field(default_factory=dict)
     mailing: Mailing = field(default_factory=Mailing)
     train: Factors = "both"
 
@@ -117,7 +125,8 @@ def prepare(messages: list[Message], form: Form, server_round: int, without: Con
         content = RecordDict({names.ARRAYS: wired, names.CONFIG: settings})
         outgoing.messages.append(Message(content, node, message.metadata.message_type, group_id=str(server_round)))
     for wired, notes in encoded.values():
-        own = parted(wired)[0]
+        own, beside = parted(wired)
+        outgoing.beside = decode(beside, notes, form.beside, form.codec)
         outgoing.sent = decode(own, notes, form.reference, form.codec) if form.fresh is None else state
     outgoing.train = _agreed([settings[names.TUNE + "lora-train"] for settings in tuning.values()])
     outgoing.mailing = Mailing.of(outgoing.messages)

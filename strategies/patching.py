@@ -14,13 +14,15 @@ from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
+from offsite_fl.errors import OffsiteError
+from offsite_fl.evaluation.rounds import Dropped
 from offsite_fl.patch import Patch
 from offsite_fl.wire import names
 from offsite_fl.wire.patches import make_patch
 
 from .exchange import Answer, NoAnswer, ask, config_of
 from .fedbiot import FedBiOT
-from .journal import Journal
+from .journal import Journal, log
 from .snapshot import nested
 
 
@@ -55,9 +57,26 @@ class Patching:
         return None if found is None else found.digest
 
     def renew(self, server_round: int, adapter: Callable[[], Mapping[str, torch.Tensor]]) -> None:
-        """Align the emulator with the adapter that a round is about to broadcast."""
-        if self.source is not None:
+        """Align the emulator with the adapter that a round is about to broadcast.
+
+        Where that fails the patch stays as it was, the round's record says so, and the round goes on. Before round 1 it
+        is an error: there the adapter is the owner's own, so it is the options that don't work.
+        """
+        if self.source is None:
+            return
+        try:
             self.source.align(server_round, adapter)
+        except (OffsiteError, ValueError) as error:  # peft merges no NaN: a ValueError
+            if server_round == 1:
+                raise
+            log.warning("round %d: the emulator keeps its patch from before: %s", server_round, error)
+            left = Dropped("alignment", f"the emulator keeps its patch from before: {error}")
+            self.journal.record(server_round).dropped.append(left)
+
+    def check_aggregate(self, adapter: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+        """``OffsiteError`` if the emulator can't work with an aggregated adapter."""
+        if self.source is not None:
+            self.source.check_aggregate(adapter)
 
     def ensure(self, grid: Grid, server_round: int, nodes: Iterable[int]) -> dict[int, str]:
         """Bring the patch to those of ``nodes`` that lack it; the result names those that couldn't get it, and why."""

@@ -91,7 +91,7 @@ def _by_norm(screened: Screened, ratio: float) -> Screened:
         for node, norm in norms.items()
         if norm > bound
     }
-    return _without(screened, bad)
+    return screened.without(bad)
 
 
 def _that_moved(screened: Screened) -> Screened:
@@ -100,7 +100,7 @@ def _that_moved(screened: Screened) -> Screened:
         for node, _ in screened.good
         if screened.norms[node] == 0
     }
-    return _without(screened, bad)
+    return screened.without(bad)
 
 
 def _by_direction(screened: Screened, sent: Tensors, least: float) -> Screened:
@@ -113,7 +113,7 @@ def _by_direction(screened: Screened, sent: Tensors, least: float) -> Screened:
         for (node, _), cosine in zip(screened.good, cosines, strict=True)
         if cosine < least
     }
-    return _without(screened, bad)
+    return screened.without(bad)
 
 
 def cosines_to_median(replies: Sequence[Message], sent: Tensors) -> list[float]:
@@ -163,9 +163,3 @@ def medians_of_others(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64
 def _flat(record: ArrayRecord, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
     """One tensor of a screened reply as a row of values that shares the message's memory."""
     return numpy_array(record[name], name, "float32", shape).reshape(-1)
-
-
-def _without(screened: Screened, bad: Mapping[int, str]) -> Screened:
-    """``bad`` nodes moved from the good replies to the bad ones, with their reasons."""
-    good = [(node, message) for node, message in screened.good if node not in bad]
-    return Screened(good, [*screened.bad, *bad.items()], screened.norms)

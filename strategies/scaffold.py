@@ -11,35 +11,49 @@ from flwr.serverapp import Grid
 
 from offsite_fl import local
 from offsite_fl.config import check
+from offsite_fl.errors import WireError
 from offsite_fl.local.algorithm import LocalAlgorithm
 from offsite_fl.wire import names
 
 from .combination import Doubles, as_record, combination, moved, numbers
 from .factors import shares
 from .local_strategy import LocalStrategy
+from .work import DEFAULT_FACTOR, LR_SUM, OfWork, Work
+
+FP32_MAX = float(np.finfo(np.float32).max)
 
 
-class Scaffold(LocalStrategy):
+class Scaffold(OfWork, LocalStrategy):
     """SCAFFOLD: control variates hold the sites' steps together where their data differ (arXiv 1910.06378).
 
     Algorithm 1 with option II. With S the sites that replied and N all sites,
 
         x <- x + eta * mean_S(y_i - x),     c <- c + |S| / N * mean_S(c_i+ - c_i).
 
-    What a site does is in :class:`offsite_fl.local.Scaffold`; it needs ``tune.optimizer = "sgd"``. N is the largest
-    number of nodes that were connected at once so far. Where it grows, c shrinks with it, so that it stays the mean of
-    all c_i, counting those of sites that never took part as zero.
+    What a site does is in :class:`offsite_fl.local.Scaffold`, and so is how c_i+ - c_i follows from what the server
+    has: y_i, which the bounds on updates hold, and the site's ``lr_sum``, which ``work_factor`` holds. An update that
+    was scaled down counts so in c as well. It needs ``tune.optimizer = "sgd"``. N is the largest number of nodes that
+    were connected at once so far. Where it grows, c shrinks with it, so that it stays the mean of all c_i, counting
+    those of sites that never took part as zero.
 
     eta
         The server's learning rate; 1 averages.
     by_examples
         Weigh both means by the sites' examples as FedAvg does, where the paper weighs all sites the same.
+    work_factor
+        Replies whose ``lr_sum`` is more than this times the round's median, or less than the median by this factor, are
+        dropped. Of two replies that differ by more, both are.
     """
 
-    def __init__(self, eta: float = 1.0, by_examples: bool = False, **options: Any) -> None:
+    work_keys = (LR_SUM,)
+
+    def __init__(
+        self, eta: float = 1.0, by_examples: bool = False, work_factor: float = DEFAULT_FACTOR, **options: Any
+    ) -> None:
         super().__init__(**options)
         check(eta > 0, f"scaffold's eta must be above 0, got {eta}")
         self.eta, self.by_examples = eta, by_examples
+        self.work_factor = Work(self.work_keys, work_factor).factor
         self.nodes = 0
         self.current: ArrayRecord | None = None
         self.control_sum: Doubles = {}
@@ -70,7 +84,7 @@ class Scaffold(LocalStrategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """New x and c from the replies."""
+        """New x and c from the replies; ``WireError`` if c would leave fp32, in which it travels."""
         contents = [reply.content for reply in replies if reply.has_content()]
         if not contents or self.current is None:
             return None, None
@@ -78,5 +92,8 @@ class Scaffold(LocalStrategy):
         arrays = moved(self.current, 1 - self.eta, combination(contents, [self.eta * w for w in weights], self.current))
         changes = combination(contents, [len(contents) * w for w in weights], [names.CONTROL + n for n in self.current])
         before = self.control_sum
-        self.control_sum = {n: before.get(n, 0.0) + changes[names.CONTROL + n] for n in self.current}
+        sums = {n: np.asarray(before.get(n, 0.0) + changes[names.CONTROL + n]) for n in self.current}
+        if odd := [n for n, value in sums.items() if not bool((np.abs(value) <= FP32_MAX).all())]:
+            raise WireError(f"the control variate of {odd[0]!r} would have values that aren't finite")
+        self.control_sum = sums
         return arrays, self.train_metrics_aggr_fn(contents, self.weighted_by_key)

@@ -17,13 +17,13 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from offsite_fl.config import Factors
 from offsite_fl.errors import OffsiteError, WireError
 from offsite_fl.wire import names
-from offsite_fl.wire.beside import parted
 from offsite_fl.wire.codecs import encode
 from offsite_fl.wire.records import only_arrays, only_metrics
 
 from .exchange import Answer, config_of
 from .norms import clipped, update_norm
 from .outgoing import Form
+from .work import Work
 
 Tensors = Mapping[str, torch.Tensor]
 Records = Mapping[str, ArrayRecord | MetricRecord]
@@ -38,9 +38,10 @@ MAX_WEIGHT = 1e12
 class Expected:
     """What a good train reply looks like.
 
-    ``sent`` are the adapter values that the nodes got (after the codec). ``max_update_norm`` bounds the L2 norm of
-    (reply - sent), over all tensors together; ``clip_update_norm`` scales it down instead. ``train``: the LoRA factors
-    that this round trains.
+    ``sent`` are the adapter values that the nodes got (after the codec), ``beside`` what they got beside them.
+    ``max_update_norm`` bounds the L2 norm of (reply - sent), over all tensors together; ``clip_update_norm`` scales it
+    down instead. ``train``: the LoRA factors that this round trains. ``work``: what replies must tell of how far they
+    went, if anything.
     """
 
     sent: Tensors
@@ -49,6 +50,8 @@ class Expected:
     max_update_norm: float | None = None
     train: Factors = "both"
     clip_update_norm: float | None = None
+    beside: Tensors = field(default_factory=dict)
+    work: Work | None = None
 
 
 @dataclass
@@ -67,27 +70,37 @@ class Screened:
         """The norms of the good ones."""
         return [self.norms[node] for node, _ in self.good]
 
+    def without(self, bad: Mapping[int, str]) -> Screened:
+        """``bad`` nodes moved from the good replies to the bad ones, with their reasons."""
+        good = [(node, message) for node, message in self.good if node not in bad]
+        return Screened(good, [*self.bad, *bad.items()], self.norms)
+
 
 def screen_train(
     answers: Iterable[Answer], expected: Expected, fold: Fold | None = None, enough: int | None = None
 ) -> Screened:
     """Decode train replies to fp32 and keep those that have exactly the tensors asked for, finite, and sane metrics.
 
+    What the server works out from a reply is in it as if it had come, from the values that count after clipping.
     With ``fold``, the tensors of a good reply go there and nowhere else: what is kept has the metrics alone. It counts
     even if it lacks a metric that most have, for then it is already folded in. Stops at ``enough`` good replies.
     """
     norms: dict[int, float] = {}
 
     def read(answer: Answer) -> Records:
-        tensors, arrays_key, norm = _tensors(answer.message, expected)
+        tensors, arrays_key = _tensors(answer.message, expected)
         key, metrics = _metrics(answer.message, expected.weight_key)
-        norms[answer.node] = norm
+        if expected.work is not None:
+            expected.work.check(metrics)
+        norms[answer.node], tensors = _bounded(tensors, expected)
+        tensors |= _derived(tensors, metrics, expected)
         if fold is None:
             return {arrays_key: encode(tensors, tensors, "fp32")[0], key: metrics}
         fold(tensors, float(metrics[expected.weight_key]))  # type: ignore[arg-type]
         return {key: metrics}
 
-    return _agree(_screen(answers, read, enough, norms), folded=fold is not None)
+    agreed = _agree(_screen(answers, read, enough, norms), folded=fold is not None)
+    return agreed if expected.work is None else agreed.without(expected.work.odd(good_metrics(agreed.good)))
 
 
 def screen_evaluate(answers: Iterable[Answer], weight_key: str, enough: int | None = None) -> Screened:
@@ -131,7 +144,7 @@ def check_aggregate(arrays: ArrayRecord | None, like: Tensors) -> ArrayRecord:
     return encode(tensors, tensors, "fp32")[0]
 
 
-def _tensors(reply: Message, expected: Expected) -> tuple[dict[str, torch.Tensor], str, float]:
+def _tensors(reply: Message, expected: Expected) -> tuple[dict[str, torch.Tensor], str]:
     key, arrays = only_arrays(reply.content)
     config = config_of(reply.content)
     form = expected.form
@@ -141,17 +154,28 @@ def _tensors(reply: Message, expected: Expected) -> tuple[dict[str, torch.Tensor
     if config.get(names.ALGORITHM) != form.algorithm:
         ran, asked = config.get(names.ALGORITHM, "plain tuning"), form.algorithm or "plain tuning"
         raise WireError(f"ran {_shown(ran)}, this run asks for {asked}: sites need the client app of offsite_fl for it")
-    own, more = parted(arrays)
-    tensors, beside = form.read(own, config, expected.sent, expected.train), form.read_beside(more, config)
-    for name, tensor in {**tensors, **beside}.items():
+    tensors = form.read(arrays, config, expected.sent, expected.train)
+    for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise WireError(f"tensor {name!r} has values that aren't finite")
+    return tensors, key
+
+
+def _bounded(tensors: dict[str, torch.Tensor], expected: Expected) -> tuple[float, dict[str, torch.Tensor]]:
+    """The update's norm, and the tensors within the bounds."""
     norm, bound, clip = update_norm(tensors, expected.sent), expected.max_update_norm, expected.clip_update_norm
     if bound is not None and norm > bound:
         raise WireError(f"the update's norm is {norm:.4g}, the bound is {bound:.4g}")
-    if clip is not None:
-        tensors = clipped(tensors, expected.sent, norm, clip)
-    return {**tensors, **beside}, key, norm
+    return norm, tensors if clip is None else clipped(tensors, expected.sent, norm, clip)
+
+
+def _derived(tensors: Tensors, metrics: MetricRecord, expected: Expected) -> dict[str, torch.Tensor]:
+    told = {name: float(value) for name, value in metrics.items() if not isinstance(value, list)}
+    derived = expected.form.derived({**expected.sent, **expected.beside}, tensors, told)
+    for name, tensor in derived.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise WireError(f"{name!r}, as it follows from the reply, has values that aren't finite")
+    return derived
 
 
 def _metrics(reply: Message, weight_key: str) -> tuple[str, MetricRecord]:

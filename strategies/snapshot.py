@@ -3,7 +3,8 @@
 Flower strategies have no method for saving their state, so their attributes are walked: numpy arrays and tensors,
 ArrayRecords, scalars, and lists and tables of these, in the strategy and in the strategies that it wraps. Objects
 with ``state_dict`` and ``load_state_dict`` (privacy accountants) are asked for theirs. What isn't data, such as
-functions, is left to the constructor.
+functions, is left to the constructor; so are attributes that a class lists in ``NOT_STATE``, which every run or round
+sets anew.
 """
 
 from __future__ import annotations
@@ -90,6 +91,8 @@ def _shallow(value: Any) -> Any:
 def _take_attributes(strategy: Strategy, path: str, arrays: Arrays) -> dict[str, Any]:
     table = {}
     for name, value in vars(strategy).items():
+        if name in getattr(strategy, "NOT_STATE", ()):
+            continue
         found: Arrays = {}
         try:
             table[name] = _take_attribute(value, f"{path}.{name}", found)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,24 +29,19 @@ from offsite_fl.bundle import Cache
 from offsite_fl.client_app import make_client_app
 from offsite_fl.config import TuneConfig
 from offsite_fl.data_owner import DataOwner
-from offsite_fl.models.split import Split
 from offsite_fl.owner import ModelOwner
 from offsite_fl.strategies import OffsiteTuning
 from offsite_fl.wire.settings import client_seed
-from tests.conftest import make_pico, make_tokenizer
-from tests.flower_fakes import FakeGrid, task_identity
+from tests.flower_fakes import FakeGrid, all_nodes
+from tests.pico_clients import fresh_process, owner_with_bundle, reasons, two_sites
 
 TUNE = TuneConfig(max_steps=2, lr=1e-2, batch_size=2, block_size=12, progress=False, device="cpu")
-WORDS = ["rain falls on the hills. ", "we sold 40 bolts of cloth. ", "add 3 eggs and stir. "]
 
 
 @pytest.fixture(scope="module")
 def owner(tmp_path_factory: pytest.TempPathFactory) -> ModelOwner:
     """A pico llama whose emulator is two quantised blocks (fault 31: a 4-bit base must survive the second round)."""
-    found = ModelOwner(make_pico("llama"), make_tokenizer(), Split(first=1, last=1))
-    found.make_bundle("layer-drop:keep=2+quantize:bits=4,group=16", tmp_path_factory.mktemp("owner") / "bundle")
-    gc.collect()
-    return found
+    return owner_with_bundle(tmp_path_factory.mktemp("owner"), "layer-drop:keep=2+quantize:bits=4,group=16")
 
 
 @pytest.fixture(scope="module")
@@ -57,27 +51,18 @@ def exact_cache() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(autouse=True)
-def fresh_process() -> Iterator[None]:
-    client_app._networks.clear()
-    with task_identity():
+def process() -> Iterator[None]:
+    with fresh_process():
         yield
-    client_app._networks.clear()
 
 
 @pytest.fixture
 def sites(tmp_path: Path) -> dict[int, dict[str, Any]]:
-    """Two sites, each with a file and a cache of its own."""
-    nodes = {}
-    for i, words in enumerate(WORDS[:2]):
-        data = tmp_path / f"data-{i}.jsonl"
-        data.write_text("\n".join(json.dumps({"text": words * 8}) for _ in range(2 + i)))
-        nodes[500 + i] = {"name": "ab"[i], "data": str(data), "cache-dir": str(tmp_path / f"cache-{i}")}
-    return nodes
+    return two_sites(tmp_path)
 
 
 def nodes_of(count: int, **options: Any) -> dict[str, Any]:
-    counts = {"min_train_nodes": count, "min_evaluate_nodes": count, "min_available_nodes": count}
-    return {"fraction_evaluate": 0.0, **counts, **options}
+    return {"fraction_evaluate": 0.0, **all_nodes(count), **options}
 
 
 def federate(owner: ModelOwner, nodes: dict[int, dict[str, Any]], rounds: int, **options: Any) -> OffsiteTuning:
@@ -88,10 +73,6 @@ def federate(owner: ModelOwner, nodes: dict[int, dict[str, Any]], rounds: int, *
     strategy = OffsiteTuning(base, owner, **{"tune": TUNE, **options})
     strategy.start(grid, num_rounds=rounds)
     return strategy
-
-
-def reasons(strategy: OffsiteTuning) -> list[str]:
-    return [dropped.reason for record in strategy.history for dropped in record.dropped]
 
 
 def test_two_rounds_with_a_quantised_base(owner: ModelOwner, sites: dict[int, dict[str, Any]]) -> None:
@@ -160,7 +141,7 @@ def test_an_evicted_bundle_is_reported_and_delivered_again(owner: ModelOwner, si
     grid = FakeGrid(make_client_app(), site, tamper)
     strategy = OffsiteTuning(FedAvg(**nodes_of(1)), owner, tune=TUNE)
     strategy.start(grid, num_rounds=3)
-    assert "isn't in the cache" in reasons(strategy)[0]
+    assert "isn't in this site's cache" in reasons(strategy)[0]
     assert [record.skipped for record in strategy.history] == [False, False, True, False]
     assert len(grid.types("query.bundle")) == 2
 

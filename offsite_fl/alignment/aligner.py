@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from offsite_fl.data_owner import DataOwner
 from offsite_fl.emulators.distill import relative_error
 from offsite_fl.emulators.student import evaluating
 from offsite_fl.errors import OffsiteError, UpdateError
+from offsite_fl.evaluation.loss import causal_nll
 from offsite_fl.models.blocks import block_list
 from offsite_fl.models.network import place_blocks
 from offsite_fl.owner import ModelOwner
@@ -37,6 +39,10 @@ class Stepped:
     steps: int
     first: float
     last: float
+
+
+class Diverged(OffsiteError):
+    """A number of the alignment isn't finite. Factors, optimiser and step are as they were before the call."""
 
 
 class Aligner:
@@ -103,13 +109,18 @@ class Aligner:
     def align(self, adapter: Mapping[str, Tensor], steps: int) -> Stepped:
         """Take ``steps`` steps with the ``adapter`` (full values by slot name) in both networks.
 
-        The adapter is put in once, not for each batch. ``OffsiteError`` names the step where a number isn't finite.
+        The adapter is put in once, not for each batch. ``Diverged`` names the step where a number isn't finite.
         """
         self._emulated.load_adapter(adapter)
+        before = copy.deepcopy(self.state_dict())
         losses = []
-        with self.owner.plugged_in(adapter) as full, evaluating(full):
-            for _ in range(steps):
-                losses.append(self._step(full))
+        try:
+            with self.owner.plugged_in(adapter) as full, evaluating(full):
+                for _ in range(steps):
+                    losses.append(self._step(full))
+        except Diverged:
+            self._put_back(before)
+            raise
         return Stepped(len(losses), losses[0] if losses else math.nan, losses[-1] if losses else math.nan)
 
     def _step(self, full: nn.Module) -> float:
@@ -121,8 +132,27 @@ class Aligner:
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.options.clip_norm or math.inf)
         self._must_be_finite(float(norm), "gradient norm")
         self.optimizer.step()
+        for name, parameter in self.factors.parameters.items():
+            if not bool(torch.isfinite(parameter).all()):
+                raise self._diverged("a value of " + name, "not finite")
         self.step += 1
         return loss.item()
+
+    def check(self, adapter: Mapping[str, Tensor]) -> None:
+        """``Diverged`` if the next batch gives no finite loss with the ``adapter`` (full values) in both networks.
+
+        Both the emulated network's own loss on the text and the alignment's, whose hidden states may lie before the
+        adapter. Costs two forward passes of the emulated network and one of the full model.
+        """
+        self._emulated.load_adapter(adapter)
+        batch = self._batch(self.step)
+        moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        with self.owner.plugged_in(adapter) as full, evaluating(full), evaluating(self.network), torch.no_grad():
+            own = causal_nll(self.network, moved)[0].item()
+            found = self.loss(full, batch).item()
+        for value, what in ((own, "the emulator's loss on public text"), (found, "the alignment's loss")):
+            if not math.isfinite(value):
+                raise Diverged(f"{what} is {value} with it")
 
     def loss(self, full: nn.Module, batch: Batch) -> Tensor:
         """The loss on one batch, a scalar with gradient; ``full`` is the full model with the adapter plugged in."""
@@ -151,9 +181,19 @@ class Aligner:
 
     def _must_be_finite(self, value: float, what: str) -> None:
         if not math.isfinite(value):
-            raise OffsiteError(
-                f"{what} is {value} in step {self.step + 1} of the alignment; lower its lr (now {self.options.lr:g})"
-            )
+            raise self._diverged(what, str(value))
+
+    def _diverged(self, what: str, value: str) -> Diverged:
+        return Diverged(
+            f"{what} is {value} in step {self.step + 1} of the alignment; lower its lr (now {self.options.lr:g})"
+        )
+
+    def _put_back(self, state: Mapping[str, Any]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.factors.parameters.items():
+                parameter.copy_(state["factors"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self._patch = state["step"], None
 
     # To go on later --------------------------------------------------------------------------------------------
 

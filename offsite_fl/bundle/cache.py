@@ -127,7 +127,7 @@ class Cache:
         """Delete the least recently used bundles that nobody uses until ``needed`` more bytes fit under the cap."""
         if needed > self.max_bytes:
             raise BundleError(
-                f"the bundle has {human_bytes(needed)}, the cache {self.root} holds at most "
+                f"the bundle has {human_bytes(needed)}, the cache holds at most "
                 f"{human_bytes(self.max_bytes)}; raise {SIZE_VARIABLE}"
             )
         for digest in self.digests():
@@ -160,8 +160,10 @@ class Cache:
             try:
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             except OSError as error:
+                # Where it is stays here: a site's error goes to the server.
+                log.error("the cache %s can't be used: %s", self.root, error)
                 raise BundleError(
-                    f"the cache {self.root} can't be used: {error.strerror}; set {CACHE_VARIABLE}"
+                    f"the cache can't be used: {error.strerror}; set {CACHE_VARIABLE} to a folder that can be written"
                 ) from error
 
     def _lock_path(self, digest: str) -> Path:

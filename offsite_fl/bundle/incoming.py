@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -18,6 +19,8 @@ from offsite_fl.sizes import human_bytes
 
 if TYPE_CHECKING:
     from offsite_fl.bundle.cache import Cache
+
+log = logging.getLogger("offsite_fl.cache")
 
 
 class Incoming:
@@ -100,7 +103,7 @@ class Incoming:
             self._forget()  # each file was right when it came, so the disk or the bundle itself is bad
             return error
         except OSError as error:
-            return BundleError(f"{self.where} can't be moved into {self.cache.bundles}: {error}")
+            return self._failed("can't be moved into the cache", error)
         return None
 
     def _forget(self) -> None:
@@ -128,7 +131,12 @@ class Incoming:
             write_synced(path, data)
             os.utime(self.folder)  # the transfer is alive, see Cache.clean
         except OSError as error:
-            raise BundleError(f"{self.where}: {name} can't be kept in {self.cache.root}: {error}") from error
+            raise self._failed(f"{name} can't be kept", error) from error
+
+    def _failed(self, what: str, error: OSError) -> BundleError:
+        # The folder stays here: a site's error goes to the server.
+        log.error("%s, %s in %s: %s", self.where, what, self.cache.root, error)
+        return BundleError(f"{self.where}: {what}: {error.strerror or type(error).__name__}")
 
     def _held(self, name: str, size: int) -> bool:
         # Files appear by rename after they were checked, so the right size is enough here; commit hashes them all.

@@ -53,3 +53,22 @@ def percent(given: OverSeeds | None) -> str:
 def part(share: float | None) -> str:
     """A share without seeds."""
     return "" if share is None else f"{share:.0%}"
+
+
+def csv_head(names: Iterable[str]) -> list[str]:
+    """Two columns for each name.
+
+    >>> csv_head(["gap"])
+    ['gap', 'gap_std']
+    """
+    return [column for name in names for column in (name, f"{name}_std")]
+
+
+def csv_cells(holder: object, names: Iterable[str]) -> dict[str, object]:
+    """What stands in the columns of :func:`csv_head`: mean and deviation of the attributes that are there."""
+    line: dict[str, object] = {}
+    for name in names:
+        given: OverSeeds | None = getattr(holder, name)
+        if given is not None:
+            line |= {name: given.mean, f"{name}_std": "" if given.std is None else given.std}
+    return line

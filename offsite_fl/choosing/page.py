@@ -8,7 +8,7 @@ from offsite_fl.choosing.frontier import frontier
 from offsite_fl.choosing.over_seeds import OverSeeds, part, shown
 from offsite_fl.choosing.standing import Standing
 from offsite_fl.evaluation import plots
-from offsite_fl.evaluation.markup import Markup, count, figure, join, safe, section, tag
+from offsite_fl.evaluation.markup import Markup, count, figure, join, kicker, safe, section, tag, tiles
 from offsite_fl.evaluation.page import document
 from offsite_fl.sizes import human_bytes
 
@@ -47,7 +47,6 @@ def render_choice(choice: Choice) -> str:
 def _header(choice: Choice) -> Markup:
     facts = [choice.about.get("model", ""), f"budget {choice.settings.budget} of the middle"]
     facts += [count(len(choice.standings), "candidate"), count(len(choice.settings.seeds), "seed")]
-    kicker = join((tag("b", "offsite_fl"), safe(" · " + " · ".join(fact for fact in facts if fact))))
     if choice.best is None:
         head: Markup = safe("No emulator to take.")
         chip = tag("span", "none", class_="chip bad")
@@ -55,20 +54,16 @@ def _header(choice: Choice) -> Markup:
         head = join((safe("Take "), tag("code", choice.best.spec)))
         chip = tag("span", choice.best.verdict, class_=sections.CHIPS[choice.best.verdict])
     lead = tag("p", join((chip, safe(choice.why))), class_="lead")
-    tiles = _tiles(choice, choice.best) if choice.best else Markup()
-    return tag("header", join((tag("p", kicker, class_="kicker"), tag("h1", head), lead, tiles)))
+    numbers = _tiles(choice, choice.best) if choice.best else Markup()
+    return tag("header", join((kicker(facts), tag("h1", head), lead, numbers)))
 
 
 def _tiles(choice: Choice, best: Standing) -> Markup:
-    tiles = _tuned_tiles(choice, best) if choice.tuned else _untuned_tiles(choice, best)
+    found = _tuned_tiles(choice, best) if choice.tuned else _untuned_tiles(choice, best)
     size = "" if best.bytes is None else human_bytes(best.bytes)
     left = f"{part(best.verbatim_share)} of the model leaves verbatim"
-    tiles.append(("Bytes", part(best.share), f"of the middle, {size}; {left}"))
-    cells = (
-        tag("div", join((tag("dt", name), tag("dd", join((tag("b", value), safe(about)))))))
-        for name, value, about in tiles
-    )
-    return tag("dl", join(cells), class_="tiles", style=f"--n:{len(tiles)}")
+    found.append(("Bytes", part(best.share), f"of the middle, {size}; {left}"))
+    return tiles(found)
 
 
 def _tuned_tiles(choice: Choice, best: Standing) -> list[tuple[str, str, str]]:

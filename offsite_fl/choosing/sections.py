@@ -8,7 +8,7 @@ from offsite_fl.choosing.choice import Choice
 from offsite_fl.choosing.over_seeds import OverSeeds, part, shown
 from offsite_fl.choosing.standing import Standing, Verdict
 from offsite_fl.choosing.table import columns_of, reference_lines
-from offsite_fl.evaluation.markup import Markup, definitions, duration, join, plain, safe, section, table, tag
+from offsite_fl.evaluation.markup import Markup, definitions, duration, join, plain, safe, section, stacked, table, tag
 from offsite_fl.evaluation.rows import significant
 from offsite_fl.sizes import human_bytes
 
@@ -42,21 +42,15 @@ def results(choice: Choice) -> Markup:
     lines: list[list[object]] = []
     for number, standing in enumerate(choice.standings, start=1):
         chip = tag("span", standing.verdict, class_=CHIPS[standing.verdict])
-        cells = [_stacked(column.text(standing)) for column in columns]
+        cells = [stacked(column.text(standing)) for column in columns]
         lines.append([_rank(choice, number, standing), tag("code", standing.spec), chip, *cells])
     for name, found in reference_lines(choice):
-        lines.append(["", name, "", *(_stacked(found.get(column.name, "")) for column in columns)])
+        lines.append(["", name, "", *(stacked(found.get(column.name, "")) for column in columns)])
     heads = ["", "emulator", "verdict", *(column.name for column in columns)]
     done = table(heads, lines, text_columns=(0, 1, 2))
     about = "Losses are nats per token" + (" of the test data." if choice.tuned else " of held-out public text.")
     about += " Best first: what protects within the budget, then by " + ("plug-in." if choice.tuned else "cosine.")
     return section("Candidates", about, tag("div", done, class_="card"))
-
-
-def _stacked(text: str) -> Markup:
-    """A mean with its deviation below, so that many columns fit."""
-    mean, _, deviation = text.partition(" ± ")
-    return join((safe(mean), tag("span", f"± {deviation}", class_="note") if deviation else Markup()))
 
 
 def _measured(choice: Choice) -> list[tuple[int, Standing]]:
@@ -80,7 +74,7 @@ def costs(choice: Choice) -> Markup:
                 duration(standing.build_seconds or 0.0),
                 peak,
                 "" if standing.hidden_error is None else significant(standing.hidden_error.mean),
-                _stacked(shown(standing.public_loss)),
+                stacked(shown(standing.public_loss)),
             ]
         )
     if not lines:

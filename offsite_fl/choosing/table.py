@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from offsite_fl.choosing.choice import Choice
-from offsite_fl.choosing.over_seeds import OverSeeds, part, percent, shown
+from offsite_fl.choosing.over_seeds import csv_cells, csv_head, part, percent, shown
 from offsite_fl.choosing.standing import Standing, Verdict
 
 UNCOMPRESSED, FULL = "uncompressed", "full fine-tuning"
@@ -164,8 +164,7 @@ def to_markdown(choice: Choice) -> str:
 
 def to_csv(choice: Choice) -> str:
     """One line a candidate, best first, numbers in full; of several seeds mean and standard deviation."""
-    head = ["rank", "best", *_PLAIN, "seeds", "rates"]
-    head += [name for given in _OVER_SEEDS for name in (given, f"{given}_std")]
+    head = ["rank", "best", *_PLAIN, "seeds", "rates", *csv_head(_OVER_SEEDS)]
     blocks = max((len(s.cosine_by_block) for s in choice.standings), default=0)
     head += [f"{kind}_block_{i}" for kind in ("cosine", "norm_ratio") for i in range(blocks)]
     out = io.StringIO()
@@ -179,10 +178,7 @@ def to_csv(choice: Choice) -> str:
 def _csv_line(standing: Standing) -> dict[str, object]:
     line: dict[str, object] = {name: getattr(standing, name) for name in _PLAIN}
     line |= {"seeds": "/".join(map(str, standing.seeds)), "rates": "/".join(f"{rate:g}" for rate in standing.rates)}
-    for name in _OVER_SEEDS:
-        given: OverSeeds | None = getattr(standing, name)
-        if given is not None:
-            line |= {name: given.mean, f"{name}_std": "" if given.std is None else given.std}
+    line |= csv_cells(standing, _OVER_SEEDS)
     for kind in ("cosine", "norm_ratio"):
         line |= {f"{kind}_block_{i}": v for i, v in enumerate(getattr(standing, f"{kind}_by_block"))}
     return line | {"notes": "; ".join(standing.notes), "errors": "; ".join(standing.errors)}

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from offsite_fl.comparing.settings import GridSettings
+from offsite_fl.comparing.settings import Baseline, GridSettings
 
-Role = Literal["strategy", "zero-shot", "alone", "pooled", "uncompressed", "full-lora", "full-fine-tuning"]
-ROLES: tuple[Role, ...] = get_args(Role)
+Role = Literal["strategy", Baseline]
 LABELS: dict[Role, str] = {
     "zero-shot": "untuned full model",
     "alone": "each client alone",

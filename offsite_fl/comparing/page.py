@@ -12,7 +12,21 @@ from offsite_fl.comparing.summary import Lead, Standing, Summary
 from offsite_fl.comparing.table import COLUMNS, title_of
 from offsite_fl.config import to_mapping
 from offsite_fl.evaluation import plots
-from offsite_fl.evaluation.markup import Markup, count, definitions, duration, figure, join, plain, safe, section, tag
+from offsite_fl.evaluation.markup import (
+    Markup,
+    count,
+    definitions,
+    duration,
+    figure,
+    join,
+    kicker,
+    plain,
+    safe,
+    section,
+    stacked,
+    tag,
+    tiles,
+)
 from offsite_fl.evaluation.markup import table as html_table
 from offsite_fl.evaluation.page import document
 from offsite_fl.evaluation.rows import significant
@@ -73,36 +87,31 @@ def _header(summary: Summary) -> Markup:
     facts = [summary.settings.model.path.rpartition("/")[2], count(len(axes.strategies), "strategy", "strategies")]
     facts += [count(len(axes.emulators), "emulator"), count(len(axes.partitions), "partition")]
     facts += [count(len(axes.seeds), "seed"), count(axes.rounds, "round")]
-    kicker = join((tag("b", "offsite_fl"), safe(" · " + " · ".join(fact for fact in facts if fact))))
     head: Markup = safe("Nothing measured yet.")
     if lead is not None:
         head = join((tag("code", lead.best.label), safe(" leads" if lead.second else " stands alone")))
     word, style = verdict(lead)
     text = tag("p", join((tag("span", word, class_=style), safe(sentence(lead)))), class_="lead")
-    tiles = _tiles(summary, lead) if lead else Markup()
-    return tag("header", join((tag("p", kicker, class_="kicker"), tag("h1", head), text, tiles)))
+    numbers = _tiles(summary, lead) if lead else Markup()
+    return tag("header", join((kicker(facts), tag("h1", head), text, numbers)))
 
 
 def _tiles(summary: Summary, lead: Lead) -> Markup:
     own = [s for found in summary.by_condition.values() for s in found if s.arm == lead.best and s.measured]
     zero = "" if summary.zero_shot is None else f"nats per token; {summary.zero_shot:.3f} untuned"
-    tiles = [("Plug-in", f"{lead.loss:.3f}", zero or "nats per token")]
+    found = [("Plug-in", f"{lead.loss:.3f}", zero or "nats per token")]
     shares = [s.recovered.mean for s in own if s.recovered]
     if shares:
-        tiles.append(("Recovered", f"{sum(shares) / len(shares):.0%}", "of full fine-tuning's gain"))
+        found.append(("Recovered", f"{sum(shares) / len(shares):.0%}", "of full fine-tuning's gain"))
     gaps = [s.gap.mean for s in own if s.gap]
     if gaps:
-        tiles.append(("Gap", f"{sum(gaps) / len(gaps):.3f}", "nats that the tuned emulator stays behind the plug-in"))
+        found.append(("Gap", f"{sum(gaps) / len(gaps):.3f}", "nats that the tuned emulator stays behind the plug-in"))
     sent = [(s.down or 0.0) + (s.up or 0.0) for s in own]
     seconds = [s.seconds or 0.0 for s in own]
     if own:
         mean = human_bytes(round(sum(sent) / len(sent)))
-        tiles.append(("Sent", mean, f"a run, bundle included; {duration(sum(seconds) / len(own))} of client time"))
-    cells = (
-        tag("div", join((tag("dt", name), tag("dd", join((tag("b", value), safe(about)))))))
-        for name, value, about in tiles
-    )
-    return tag("dl", join(cells), class_="tiles", style=f"--n:{len(tiles)}")
+        found.append(("Sent", mean, f"a run, bundle included; {duration(sum(seconds) / len(own))} of client time"))
+    return tiles(found)
 
 
 def _overall(summary: Summary) -> Markup:
@@ -114,7 +123,7 @@ def _overall(summary: Summary) -> Markup:
         cells = []
         for standings in summary.by_condition.values():
             found = next((s for s in standings if s.arm == arm), None)
-            cells.append(_stacked(shown(found.plug_in if found else None)))
+            cells.append(_filled(shown(found.plug_in if found else None)))
         lines.append([str(rank), tag("code", arm.label), tag("code", arm.emulator), f"{mean.mean:.3f}", *cells])
     heads = ["", "strategy", "emulator", "mean", *(title_of(c, summary) for c in summary.by_condition)]
     done = html_table(heads, lines, text_columns=(0, 1, 2))
@@ -148,7 +157,7 @@ def _condition(condition: Condition, standings: Sequence[Standing], summary: Sum
             tag("code", standing.arm.label) if own else tag("span", standing.arm.label, class_="ref")
         ]
         heads += [tag("code", standing.arm.emulator) if standing.arm.emulator else ""] if several else []
-        cells = [_stacked(column.text(standing)) for column in COLUMNS]
+        cells = [_filled(column.text(standing)) for column in COLUMNS]
         if standing.plug_in is None:
             cells[0] = tag("span", "failed", class_="chip bad")
         lines.append([*heads, *cells])
@@ -168,12 +177,9 @@ def _condition(condition: Condition, standings: Sequence[Standing], summary: Sum
     )
 
 
-def _stacked(text: str) -> Markup:
-    """A mean with its deviation below, so that many columns fit."""
-    mean, _, deviation = text.partition(" ± ")
-    return join(
-        (safe(mean) if mean else Markup(), tag("span", f"± {deviation}", class_="note") if deviation else Markup())
-    )
+def _filled(text: str) -> object:
+    """A number as the tables have it; a cell without one stays empty."""
+    return stacked(text) if text else ""
 
 
 def _failed(summary: Summary) -> Markup:

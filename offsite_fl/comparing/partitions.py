@@ -16,7 +16,7 @@ import numpy as np
 from datasets import Dataset  # type: ignore[import-untyped,unused-ignore]
 from flwr_datasets import partitioner as flower
 
-from offsite_fl.config import check, check_choices, from_mapping, kebab
+from offsite_fl.config import check, check_choices, from_mapping, kebab, read_spec
 from offsite_fl.errors import ConfigError
 from offsite_fl.registry import Registry
 
@@ -166,15 +166,8 @@ def parse_partition(spec: str) -> Partition:
     >>> parse_partition("dirichlet:alpha=0.3")
     DirichletShares(alpha=0.3, min_rows=8)
     """
-    name, colon, rest = spec.partition(":")
-    kind, prefix = PARTITIONS[name.strip()], name.strip() + ":"
-    values: dict[str, str] = {}
-    for option in rest.split(",") if colon else []:
-        key, equals, value = (text.strip() for text in option.partition("="))
-        if not equals or not key:
-            raise ConfigError(f"{option.strip()!r} in partition {spec!r} isn't an option; write key=value")
-        values[prefix + key] = value
-    return from_mapping(kind, values, prefix)
+    name, values = read_spec(spec, "partition", spec)
+    return from_mapping(PARTITIONS[name], {f"{name}:{key}": value for key, value in values.items()}, f"{name}:")
 
 
 def describe(partition: Partition) -> str:

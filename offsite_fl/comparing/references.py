@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import statistics
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from offsite_fl.choosing.peak import peak_memory
 from offsite_fl.comparing.bench import Bench
 from offsite_fl.comparing.cells import Cell, Role
 from offsite_fl.comparing.division import client_name, mixture, read_holdings
-from offsite_fl.comparing.federation import seed_everything
+from offsite_fl.comparing.federation import peak_of, seed_everything
 from offsite_fl.comparing.places import whole_run
 from offsite_fl.comparing.results import PEAK, SECONDS, Measured
 from offsite_fl.config import TuneConfig
@@ -64,8 +63,8 @@ def alone(bench: Bench, cell: Cell, key: str) -> Measured:
         domains.append(bench.by_domain(measure.owner, update.tensors, update.lora))
         if domains[-1]:
             own[name] = mixture(held[name], domains[-1])
-    plug_in, emulator = (Row(loss=_mean([row[i] for row in rows])) for i in (0, 1))
-    by_domain = {domain: _mean([losses[domain] for losses in domains]) for domain in domains[0]}
+    plug_in, emulator = (Row(loss=statistics.fmean([row[i] for row in rows])) for i in (0, 1))
+    by_domain = {domain: statistics.fmean([losses[domain] for losses in domains]) for domain in domains[0]}
     return _done(bench, cell, key, measure, RoundRecord(1, plug_in, emulator, metrics), ledger, by_domain, own)
 
 
@@ -133,7 +132,7 @@ def _done(
 ) -> Measured:
     after.round = bench.settings.grid.rounds
     before = RoundRecord(0, plug_in=measure.full_zero_shot(), emulator=measure.emulator_zero_shot())
-    peaks = [metrics[PEAK] for metrics in after.clients.values() if PEAK in metrics]
+    bundle = measure.owner.bundle
     moved = Ledger(dataclasses.replace(entry, round=after.round) for entry in ledger)
     return Measured(
         key,
@@ -142,22 +141,14 @@ def _done(
         ledger=moved,
         by_domain=dict(by_domain),
         by_client=dict(by_client or {}),
-        bundle_bytes=_bundle_bytes(bench.places.bundle(cell)),
-        peak_bytes=int(max(peaks)) if peaks else None,
+        bundle_bytes=bundle.total_bytes if bundle is not None else 0,
+        peak_bytes=peak_of([after]),
         tokens=measure.tokens,
     )
 
 
-def _bundle_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 def _bytes_of(update: Update) -> int:
     return sum(4 * value.numel() for value in update.tensors.values())
-
-
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values)
 
 
 REFERENCES: dict[Role, Callable[[Bench, Cell, str], Measured]] = {

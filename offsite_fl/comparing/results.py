@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from offsite_fl.comparing.cells import ROLES, Arm, Cell, Condition
-from offsite_fl.errors import DataError
+from offsite_fl.choosing.results import read_plain
+from offsite_fl.comparing.cells import Arm, Cell, Condition
 from offsite_fl.evaluation import checks
 from offsite_fl.evaluation.ledger import Ledger
 from offsite_fl.evaluation.rounds import RoundRecord
-from offsite_fl.registry import near
 
 SECONDS, PEAK = "seconds", "peak_bytes"
 
@@ -117,19 +116,11 @@ class Measured:
         """What all clients together spent tuning."""
         return sum(metrics.get(SECONDS, 0.0) for entry in self.rounds for metrics in entry.clients.values())
 
-    @property
-    def dropped(self) -> int:
-        """Replies that were left out."""
-        return sum(len(entry.dropped) for entry in self.rounds)
-
     def to_dict(self) -> dict[str, Any]:
         """JSON's own types; a number that isn't finite becomes null."""
-        arm, condition = vars(self.cell.arm), vars(self.cell.condition)
         found: dict[str, Any] = {
             "key": self.key,
-            **arm,
-            **condition,
-            "seed": self.cell.seed,
+            **cell_to_dict(self.cell),
             "rounds": [entry.to_dict() for entry in self.rounds],
             "ledger": self.ledger.to_list(),
             "by_domain": self.by_domain,
@@ -176,18 +167,6 @@ def cell_to_dict(cell: Cell) -> dict[str, Any]:
 
 def read_cell(found: dict[str, Any], where: str) -> Cell:
     """A cell from the entries that :func:`cell_to_dict` wrote, others beside them."""
-    role = found["role"]
-    if role not in ROLES:
-        raise DataError(f"{where}.role: unknown role {role!r}; {near(str(role), ROLES)}")
-
-    def read(name: str, kind: Any) -> Any:
-        return None if found[name] is None else kind(found[name], f"{where}.{name}")
-
-    arm = Arm(role, *(checks.text(found[name], f"{where}.{name}") for name in ("strategy", "emulator")))
-    condition = Condition(
-        read("partition", checks.text),
-        read("clients", checks.whole),
-        read("fraction", checks.number),
-        read("attack", checks.text),
-    )
+    arm = read_plain(Arm, {f.name: found[f.name] for f in fields(Arm)}, where)
+    condition = read_plain(Condition, {f.name: found[f.name] for f in fields(Condition)}, where)
     return Cell(arm, condition, checks.whole(found["seed"], f"{where}.seed"))

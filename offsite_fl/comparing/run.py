@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 import time
 import uuid
@@ -25,6 +24,7 @@ from offsite_fl.comparing.server_app import Plan
 from offsite_fl.comparing.settings import GridSettings
 from offsite_fl.errors import OffsiteError
 from offsite_fl.evaluation.lines import LineStore, read_lines
+from offsite_fl.evaluation.record import available_cores
 
 APP = Path(__file__).parent / "app"
 Watch = Callable[[Measured], None]
@@ -183,9 +183,3 @@ def _started(flower: LocalFlower, plan: Path, out: Path, number: int) -> Iterato
         yield run
     finally:
         stop_group(run)
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -7,10 +7,10 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from offsite_fl.comparing.partitions import parse_partition
-from offsite_fl.config import TuneConfig, cache_root, check, from_mapping
+from offsite_fl.config import TuneConfig, cache_root, check, from_mapping, kebab
 from offsite_fl.emulators import parse_emulator
 from offsite_fl.errors import ConfigError, DataError, ModelError
 from offsite_fl.models.split import Split
@@ -18,7 +18,8 @@ from offsite_fl.registry import near
 from offsite_fl.strategies.named import make_strategy
 from offsite_fl.wire.codecs import CODECS
 
-BASELINES = ("zero-shot", "alone", "pooled", "uncompressed", "full-lora", "full-fine-tuning")
+Baseline = Literal["zero-shot", "alone", "pooled", "uncompressed", "full-lora", "full-fine-tuning"]
+BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 HONEST = "none"
 PARTS = ("model", "data", "grid", "tune", "tune-for", "test", "baselines")
 
@@ -209,7 +210,7 @@ class GridSettings:
 
 
 def _plain(tune: TuneConfig) -> dict[str, Any]:
-    return {f.name.replace("_", "-"): getattr(tune, f.name) for f in dataclasses.fields(tune)}
+    return {kebab(f.name): getattr(tune, f.name) for f in dataclasses.fields(tune)}
 
 
 def read_grid(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rich.table import Table
 from rich.text import Text
 
-from offsite_fl.choosing.over_seeds import OverSeeds, percent, shown
+from offsite_fl.choosing.over_seeds import csv_cells, csv_head, percent, shown
 from offsite_fl.comparing.cells import Condition
 from offsite_fl.comparing.summary import Standing, Summary
 from offsite_fl.evaluation.markup import duration
@@ -90,8 +90,8 @@ def to_csv(summary: Summary) -> str:
     """One line an arm and condition, best first, numbers in full; of several seeds mean and standard deviation."""
     out = io.StringIO()
     head = ["partition", "clients", "fraction", "attack", "role", "strategy", "emulator", "seeds"]
-    head += [name for given in _OVER_SEEDS for name in (given, f"{given}_std")]
-    table = csv.DictWriter(out, [*head, *_MEANS, "errors"], lineterminator="\n", restval="")
+    head += [*csv_head(_OVER_SEEDS), *_MEANS, "errors"]
+    table = csv.DictWriter(out, head, lineterminator="\n", restval="")
     table.writeheader()
     for condition, standings in summary.by_condition.items():
         for standing in standings:
@@ -102,10 +102,7 @@ def to_csv(summary: Summary) -> str:
 def _numbers(standing: Standing) -> dict[str, object]:
     seeds = "/".join(str(found.cell.seed) for found in standing.measured)
     line: dict[str, object] = {"seeds": seeds, "errors": "; ".join(standing.errors)}
-    for name in _OVER_SEEDS:
-        given: OverSeeds | None = getattr(standing, name)
-        if given is not None:
-            line |= {name: given.mean, f"{name}_std": "" if given.std is None else given.std}
+    line |= csv_cells(standing, _OVER_SEEDS)
     return line | {name: value for name in _MEANS if (value := getattr(standing, name)) is not None}
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from torch import nn
 
-from offsite_fl.emulators.base import METHODS
-from offsite_fl.emulators.choice import BlockChoice
 from offsite_fl.models.blocks import Blocks, block_list
 from offsite_fl.models.linears import named_linears
 from offsite_fl.models.tasks import NEXT_TOKEN, task_of
@@ -27,8 +25,3 @@ def why_not(name: str, model: nn.Module, blocks: Blocks) -> str | None:
     if name in BY_LINEARS and not any(True for block in block_list(model, blocks) for _ in named_linears(block)):
         return f"no {blocks.cls} holds a dense linear layer"
     return None
-
-
-def drops_blocks(name: str) -> bool:
-    """Whether the emulator ``name`` leaves whole blocks out, so that others move to other places."""
-    return issubclass(METHODS[name], BlockChoice)

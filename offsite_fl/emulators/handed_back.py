@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from offsite_fl.emulators.backward import frozen
 from offsite_fl.emulators.base import Batch, Context
-from offsite_fl.emulators.student import evaluating, state_of, with_hidden
+from offsite_fl.emulators.student import Middle, evaluating, hooked, state_of, with_hidden
 from offsite_fl.errors import EmulatorError
 from offsite_fl.evaluation.loss import causal_nll, plain_head
 
@@ -39,14 +39,8 @@ class Handed:
     leaving: Tensor
 
 
-class FullMiddle:
+class FullMiddle(Middle):
     """The full model, run forward and back on the state that enters its middle; nothing of it is copied or changed."""
-
-    def __init__(self, context: Context) -> None:
-        self.model = context.model
-        self.entry, self.exit = context.block(context.middle[0]), context.block(context.middle[-1])
-        parameter = next(self.model.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
 
     def forward(self, batch: Batch, hidden: Tensor) -> Handed:
         """The gradients on ``batch`` if ``hidden`` [B, T, hidden] enters the middle; on the device of ``hidden``."""
@@ -61,17 +55,10 @@ class FullMiddle:
         def leaving(_: nn.Module, args: Any, output: Any) -> None:
             seen["t"] = state_of(output)
 
-        hooks = [
-            self.entry.register_forward_pre_hook(entering, with_kwargs=True),
-            self.exit.register_forward_hook(leaving),
-        ]
-        try:
-            with torch.enable_grad(), frozen(self.model), evaluating(self.model):
-                nats, _ = causal_nll(self.model, {name: value.to(self.device) for name, value in batch.items()})
-                arriving, handed = torch.autograd.grad(nats, (seen["t"], given))
-        finally:
-            for hook in hooks:
-                hook.remove()
+        hooks = hooked(self.entry, entering, self.exit, leaving)
+        with hooks, torch.enable_grad(), frozen(self.model), evaluating(self.model):
+            nats, _ = causal_nll(self.model, {name: value.to(self.device) for name, value in batch.items()})
+            arriving, handed = torch.autograd.grad(nats, (seen["t"], given))
         return Handed(arriving.to(hidden.device), handed.to(hidden.device))
 
 

@@ -28,7 +28,7 @@ from offsite_fl.emulators.factor import Refit, cut_linear, gram, rank_for
 from offsite_fl.emulators.groups import BlockPlan, Taps, dense_linears, kind_of, plan_block, run_tapped
 from offsite_fl.emulators.input_moments import input_moments
 from offsite_fl.emulators.streams import Stream, read_batches, running_order, sent_home, working_copy
-from offsite_fl.models.linears import linear_bias, linear_weight
+from offsite_fl.models.linears import is_named, linear_bias, linear_weight
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class LowRankFit:
 
     def takes(self, path: str) -> bool:
         """Whether the linear at ``path`` is to be cut."""
-        return not self.targets or any(path == t or path.endswith("." + t) for t in self.targets)
+        return not self.targets or any(is_named(path, target) for target in self.targets)
 
     def shrinks(self, block: nn.Module, path: str) -> bool:
         """Whether the linear at ``path`` is to be cut, and factors would make it smaller."""

@@ -11,7 +11,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from offsite_fl.config import from_mapping, kebab
+from offsite_fl.config import from_mapping, kebab, read_spec
 from offsite_fl.emulators.base import METHODS, Chain, EmulatorMethod
 from offsite_fl.errors import ConfigError
 
@@ -65,26 +65,18 @@ def describe_emulators() -> tuple[MethodHelp, ...]:
 
 
 def _parse_one(part: str, spec: str) -> EmulatorMethod:
-    name, colon, rest = part.partition(":")
-    if not name.strip():
+    name, given = read_spec(part, "emulator", spec)
+    if not name:
         raise ConfigError(f"emulator spec {spec!r} has an empty part; write name:key=value, chained with '+'")
-    cls = METHODS[name.strip()]
-    prefix = name.strip() + ":"
-    lists = {option.key for option in _options(cls) if option.type.startswith("list of")}
-    values: dict[str, Any] = {}
-    for option in rest.split(",") if colon else []:
-        key, equals, value = option.partition("=")
-        key = key.strip()
-        if not equals or not key:
-            raise ConfigError(f"{option.strip()!r} in emulator spec {spec!r} isn't an option; write key=value")
-        if prefix + key in values:
-            raise ConfigError(f"{key!r} is given twice in {part!r}")
-        values[prefix + key] = value.strip().replace("/", ",") if key in lists else value.strip()
-    keys = {prefix + option.key for option in _options(cls)}
-    missing = [o.key for o in _options(cls) if o.default is None and prefix + o.key not in values]
-    if missing and values.keys() <= keys:  # else a misspelt key is the likelier cause, which from_mapping names
+    cls = METHODS[name]
+    options = {option.key: option for option in _options(cls)}
+    lists = {key for key, option in options.items() if option.type.startswith("list of")}
+    values = {f"{name}:{key}": text.replace("/", ",") if key in lists else text for key, text in given.items()}
+    missing = [key for key, option in options.items() if option.default is None and key not in given]
+    # Where a key is unknown too, that it is misspelt is the likelier cause, which from_mapping names.
+    if missing and given.keys() <= options.keys():
         raise ConfigError(f"emulator {name!r} needs {', '.join(missing)}; for example {name}:{missing[0]}=...")
-    return from_mapping(cls, values, prefix)
+    return from_mapping(cls, values, f"{name}:")
 
 
 def _describe(name: str, cls: type[EmulatorMethod]) -> MethodHelp:

@@ -6,7 +6,7 @@ blocks in between, where a split has some, run in both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -92,32 +92,28 @@ class Student:
             if not with_loss:
                 raise _Reached
 
-        hooks = [
-            self.entry.register_forward_pre_hook(entering, with_kwargs=True),
-            self.exit.register_forward_hook(leaving),
-        ]
         nats, tokens = None, 0
-        try:
-            autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.reduced)
-            with suppress(_Reached), autocast:
-                if with_loss:
-                    nats, tokens = causal_nll(self.network, batch)
-                else:
-                    self.network(**_inputs(batch), use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.reduced)
+        with hooked(self.entry, entering, self.exit, leaving), suppress(_Reached), autocast:
+            if with_loss:
+                nats, tokens = causal_nll(self.network, batch)
+            else:
+                self.network(**_inputs(batch), use_cache=False)
         return seen["h"], seen["s"], nats, tokens
 
 
-class Teacher:
-    """The full model's middle, run on the hidden state that enters the student's."""
+class Middle:
+    """The full model and the two ends of its middle, with the device and the dtype that it works in."""
 
     def __init__(self, context: Context) -> None:
         self.model = context.model
         self.entry, self.exit = context.block(context.middle[0]), context.block(context.middle[-1])
         parameter = next(self.model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
+
+
+class Teacher(Middle):
+    """The full model's middle, run on the hidden state that enters the student's."""
 
     @torch.no_grad()
     def forward(self, batch: Batch, hidden: Tensor) -> Tensor:
@@ -132,19 +128,27 @@ class Teacher:
             seen["t"] = state_of(output)
             raise _Reached
 
-        hooks = [
-            self.entry.register_forward_pre_hook(entering, with_kwargs=True),
-            self.exit.register_forward_hook(leaving),
-        ]
-        try:
-            with evaluating(self.model):
-                self.model(**{k: v.to(self.device) for k, v in _inputs(batch).items()}, use_cache=False)
-        except _Reached:
-            return seen["t"]
-        finally:
-            for hook in hooks:
-                hook.remove()
-        raise ModelError(f"the forward pass of {type(self.model).__name__} didn't reach its last middle block")
+        with hooked(self.entry, entering, self.exit, leaving), evaluating(self.model), suppress(_Reached):
+            self.model(**{k: v.to(self.device) for k, v in _inputs(batch).items()}, use_cache=False)
+        if "t" not in seen:
+            raise ModelError(f"the forward pass of {type(self.model).__name__} didn't reach its last middle block")
+        return seen["t"]
+
+
+@contextmanager
+def hooked(
+    entry: nn.Module, entering: Callable[..., Any], last: nn.Module, leaving: Callable[..., Any]
+) -> Iterator[None]:
+    """``entering`` is called in front of ``entry`` and ``leaving`` behind ``last``, for the length of a ``with`` block.
+
+    As torch's hooks: the first gets module, args and kwargs and may return other ones, the second the output too.
+    """
+    hooks = [entry.register_forward_pre_hook(entering, with_kwargs=True), last.register_forward_hook(leaving)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

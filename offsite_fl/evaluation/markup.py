@@ -137,3 +137,29 @@ def figure(title: str, about: str, plot: Plot | None) -> Markup:
 def section(title: str, about: str, *content: Markup) -> Markup:
     """A part of the page under its heading."""
     return tag("section", join((tag("h2", title), tag("p", about, class_="about") if about else Markup(), *content)))
+
+
+def kicker(facts: Iterable[object]) -> Markup:
+    """The line above the head of a page: the project's name and ``facts``; those that are empty are left out."""
+    told = "".join(f" · {plain(fact)}" for fact in facts if fact)
+    return tag("p", join((tag("b", "offsite_fl"), safe(told))), class_="kicker")
+
+
+def tiles(entries: Sequence[tuple[str, str, str]]) -> Markup:
+    """Names side by side, each with its value in large letters and what there is to say about it."""
+    cells = (
+        tag("div", join((tag("dt", name), tag("dd", join((tag("b", value), safe(about)))))))
+        for name, value, about in entries
+    )
+    return tag("dl", join(cells), class_="tiles", style=f"--n:{len(entries)}")
+
+
+def stacked(text: str) -> Markup:
+    """A mean with its deviation below, so that many columns fit.
+
+    >>> print(stacked("3.553 ± 0.004"))
+    3.553
+    <span class="note">± 0.004</span>
+    """
+    mean, _, deviation = text.partition(" ± ")
+    return join((safe(mean), tag("span", f"± {deviation}", class_="note") if deviation else Markup()))

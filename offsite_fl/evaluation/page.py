@@ -6,7 +6,7 @@ import math
 
 from offsite_fl.evaluation import plots, sections
 from offsite_fl.evaluation.ledger import DIRECTIONS, human_bytes
-from offsite_fl.evaluation.markup import Markup, count, duration, join, plain, safe, tag
+from offsite_fl.evaluation.markup import Markup, count, duration, join, kicker, safe, tag, tiles
 from offsite_fl.evaluation.record import RunReport
 from offsite_fl.evaluation.rows import ROW_KEYS, ROW_LABELS, FiveRows, Row, noun, show, verdict
 from offsite_fl.evaluation.style import STYLE
@@ -58,14 +58,9 @@ def _header(report: RunReport) -> Markup:
     rounds = [entry for entry in report.rounds if entry.round > 0]
     facts = [report.config.get("model"), count(len(clients), "data owner"), count(len(rounds), "round")]
     facts.append(report.emulator.get("spec"))
-    kicker = " · ".join(plain(fact) for fact in facts if fact)
     protection = said.protection.partition(": ")[2] or said.protection
     parts = (
-        tag(
-            "p",
-            join((tag("b", "offsite_fl"), safe(f" · {kicker}" if kicker else " · report of a run"))),
-            class_="kicker",
-        ),
+        kicker([fact for fact in facts if fact] or ["report of a run"]),
         tag("h1", _brief(said.gain)),
         tag("p", join((tag("span", word, class_=style), safe(protection[0].upper() + protection[1:]))), class_="lead"),
         _tiles(report),
@@ -82,23 +77,19 @@ def _tiles(report: RunReport) -> Markup:
     rows, ledger = report.rows, report.ledger
     zero, plug, full = rows.full_zero_shot, rows.plug_in, rows.full_fine_tuning
     after = f"; {show(full)} with full fine-tuning" if full else ""
-    tiles = [(f"Plug-in {noun(plug)}", show(plug), f"{show(zero)} untuned{after}")]
+    found = [(f"Plug-in {noun(plug)}", show(plug), f"{show(zero)} untuned{after}")]
     share = "of full fine-tuning's gain" if rows.recovered is not None else "can't be told from these rows"
     share = share if full else "full fine-tuning was not run"
-    tiles.append(("Recovered", "-" if rows.recovered is None else f"{rows.recovered:.0%}", share))
+    found.append(("Recovered", "-" if rows.recovered is None else f"{rows.recovered:.0%}", share))
     unit, scale = ("nats", 1) if rows.measure == "loss" else ("points", 100)
     gap = "-" if rows.gap is None else f"{scale * rows.gap:.3g} {unit}"
-    tiles.append(("Gap", gap, f"plug-in over tuned emulator, whose {noun(plug)} is {show(rows.emulator_tuned)}"))
+    found.append(("Gap", gap, f"plug-in over tuned emulator, whose {noun(plug)} is {show(rows.emulator_tuned)}"))
     if len(ledger):
         down, up = (human_bytes(ledger.total(direction=way)).replace(" ", "\N{NO-BREAK SPACE}") for way in DIRECTIONS)
-        tiles.append(("Sent", human_bytes(ledger.total()), f"{down} to the data owners, {up} back"))
+        found.append(("Sent", human_bytes(ledger.total()), f"{down} to the data owners, {up} back"))
     elif report.seconds:
-        tiles.append(("Time", duration(sum(report.seconds.values())), "all stages together"))
-    cells = (
-        tag("div", join((tag("dt", name), tag("dd", join((tag("b", value), safe(about)))))))
-        for name, value, about in tiles
-    )
-    return tag("dl", join(cells), class_="tiles", style=f"--n:{len(tiles)}")
+        found.append(("Time", duration(sum(report.seconds.values())), "all stages together"))
+    return tiles(found)
 
 
 def _rows(rows: FiveRows) -> Markup:

@@ -185,6 +185,12 @@ def replace_file(path: Path, text: str) -> None:
         beside.unlink(missing_ok=True)
 
 
+def available_cores() -> int:
+    """Cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on and the kind of machine; no host name, no path.
 
@@ -199,8 +205,7 @@ def versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
-    affinity = getattr(os, "sched_getaffinity", None)
     found["system"] = f"{platform.system()} {platform.machine()}"
-    found["cpus"] = str(len(affinity(0)) if affinity else os.cpu_count() or 1)
+    found["cpus"] = str(available_cores())
     found["cuda"] = f"yes ({torch.version.cuda})" if torch.cuda.is_available() else "no"
     return found

@@ -61,6 +61,9 @@ class Job(Protocol):
         is added to the gradient of every step.
         """
 
+    def as_read(self, values: Tensors) -> dict[str, torch.Tensor]:
+        """``values`` of a reply as the server will read them: rounded by the codec of the message."""
+
     def loss(self, values: Tensors) -> float | None:
         """Loss of all adapter values (or LoRA factors) on this site's validation data; None if it has none."""
 
@@ -70,7 +73,7 @@ class Job(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """``tensors`` travel back, under the names that came; ``keep`` stays at the site until its next round."""
+    """``tensors`` travel back, all that :meth:`LocalAlgorithm.travels` names; ``keep`` stays until the next round."""
 
     tensors: Tensors
     num_examples: int
@@ -94,7 +97,15 @@ class LocalAlgorithm(ABC):
         return dict(reference)
 
     def beside(self, reference: Tensors) -> dict[str, torch.Tensor]:
-        """What travels beside them in train messages and replies, by name with the values that codecs measure from."""
+        """What travels down beside them in train messages, by name with the values that codecs measure from."""
+        return {}
+
+    def derived(self, sent: Tensors, values: Tensors, metrics: Mapping[str, float]) -> dict[str, torch.Tensor]:
+        """What the server works out from a reply for itself, by name: nothing beside ``values`` travels up.
+
+        ``sent`` is what the site was sent, ``values`` what it sent back, both fp32 as they are read at the other end,
+        and ``metrics`` are those of the reply.
+        """
         return {}
 
     def keeps(self, names_of_run: Iterable[str]) -> list[str]:

@@ -54,7 +54,8 @@ class PatchStore:
             held = self._read(path).digest
             self._clean()
         except OSError as error:
-            raise StateError(f"the patch can't be kept in {self.folder}: {error.strerror}") from error
+            log.error("the patch can't be kept in %s: %s", self.folder, error)
+            raise StateError(f"the patch can't be kept: {error.strerror}; where is in the site's own log") from error
         for old in self.digests()[:-KEPT]:
             self._path(old).unlink(missing_ok=True)
             self._public(old).unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from offsite_fl.local.algorithm import LocalAlgorithm, Outcome, Tensors
 from offsite_fl.local.site_state import SiteState
 from offsite_fl.update import Update
 from offsite_fl.wire import names
+from offsite_fl.wire.codecs import decode, encode
 from offsite_fl.wire.records import text
 from offsite_fl.wire.settings import server_round
 
@@ -30,6 +31,8 @@ class Turn:
     settings: TuneConfig
     run: TuneConfig
     received: Tensors
+    codec: str
+    reference: Tensors
     kept: Tensors | None
     train: Dataset
     validation: Dataset | None
@@ -47,12 +50,15 @@ class Turn:
         settings: TuneConfig,
         run: TuneConfig,
         received: Tensors,
+        codec: str,
+        reference: Tensors,
         data: tuple[Dataset, Dataset | None],
         cache: Path,
         site: str,
     ) -> Turn:
         """Check the settings and open what ``site`` kept; ``cache`` is the cache's folder, ``config`` the message's.
 
+        ``reference``: what ``codec`` measures differences from.
         ``ConfigError`` if the algorithm can't work with the settings, ``StateError`` if the site's state is lost.
         """
         for tune in (run, settings):
@@ -63,16 +69,19 @@ class Turn:
         last = config.get(names.STATE_ROUND)
         if isinstance(last, bool) or not isinstance(last, int) or last < 0:
             raise WireError(f"{names.STATE_ROUND} must be a whole number from 0, got {ascii(last)[:40]}")
-        kept = states.load(last, algorithm.keeps(_initial(owner, run)))
-        train, validation = data
-        number = server_round(config)
-        return cls(algorithm, owner, settings, run, received, kept, train, validation, states, number, last)
+        initial = _initial(owner, run)
+        kept = states.load(last, {name: initial[name] for name in algorithm.keeps(initial)})
+        return cls(
+            algorithm, owner, settings, run, received, codec, reference, kept, *data, states, server_round(config), last
+        )
 
     def take(self) -> Outcome:
         """Do what a train message asks for, and keep what is to be kept."""
         outcome = self.algorithm.tune(self)
         self.states.save(self.round, outcome.keep, self.went_on_from)
-        return replace(outcome, tensors={name: outcome.tensors[name] for name in self.received})
+        going = self.algorithm.travels(outcome.tensors)
+        # In the order of the message: Flower's privacy mods compare the lists of keys.
+        return replace(outcome, tensors={name: going[name] for name in self.received if name in going})
 
     # What the algorithm works with: see Job -------------------------------------------------------------------
 
@@ -89,6 +98,11 @@ class Turn:
         return self.owner.tune(
             self.train, tune, validation=self.validation, start=start, towards=towards, correction=correction
         )
+
+    def as_read(self, values: Tensors) -> dict[str, torch.Tensor]:
+        """See :class:`~offsite_fl.local.algorithm.Job`."""
+        like = {name: self.reference[name] for name in values}
+        return decode(*encode(values, like, self.codec), like, self.codec)
 
     def loss(self, values: Tensors) -> float | None:
         """See :class:`~offsite_fl.local.algorithm.Job`."""

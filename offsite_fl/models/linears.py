@@ -85,6 +85,11 @@ def named_linears(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
+def is_named(path: str, target: str) -> bool:
+    """Whether ``target`` means the linear at ``path``, as in peft: by its whole path in the block, or by its end."""
+    return path == target or path.endswith("." + target)
+
+
 def replace_module(block: nn.Module, path: str, new: nn.Module) -> None:
     """Put ``new`` where ``block.get_submodule(path)`` is."""
     parent, _, name = path.rpartition(".")

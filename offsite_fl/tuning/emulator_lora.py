@@ -6,7 +6,6 @@ factors as well, as a whole, and the network's modules, names and values stay as
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,10 +15,10 @@ from torch.nn import functional as F
 
 from offsite_fl.config import LoraOptions
 from offsite_fl.errors import ConfigError, EmulatorError
-from offsite_fl.models.linears import LowRankLinear, QuantizedLinear, is_linear, linear_weight
+from offsite_fl.models.linears import LowRankLinear, QuantizedLinear, is_linear, is_named, linear_weight
 from offsite_fl.models.network import NetworkPlan, place_blocks
 from offsite_fl.registry import near
-from offsite_fl.tuning.lora import A, B, check_factors
+from offsite_fl.tuning.lora import A, B, drawn, factors_of, set_factors
 
 
 class EmulatorLora:
@@ -36,16 +35,15 @@ class EmulatorLora:
                 f"LoRA on the emulator has no dropout, since both sides must agree; got {options.dropout}"
             )
         self.options = options
-        self.parameters: dict[str, nn.Parameter] = {}
         found = _emulator_linears(network, plan)
         wanted = _wanted(found, options.targets)
         generator = torch.Generator().manual_seed(seed)
-        for name in wanted:
-            rows, columns = _shape(found[name][0])
-            bound = 1 / math.sqrt(columns)  # Kaiming with a = sqrt(5), as nn.Linear and peft have it
-            a = torch.empty(options.rank, columns).uniform_(-bound, bound, generator=generator)
-            self.parameters[name + A] = nn.Parameter(a, requires_grad=False)
-            self.parameters[name + B] = nn.Parameter(torch.zeros(rows, options.rank), requires_grad=False)
+        self.parameters = {
+            name: nn.Parameter(
+                drawn(*shape, generator) if name.endswith(A) else torch.zeros(shape), requires_grad=False
+            )
+            for name, shape in _factors(found, wanted, options.rank).items()
+        }
         self._hooks = [
             module.register_forward_hook(_Adds(self.parameters[name + A], self.parameters[name + B], self.scale))
             for name in wanted
@@ -59,14 +57,11 @@ class EmulatorLora:
 
     def tensors(self) -> dict[str, Tensor]:
         """Copies of the factors, fp32 on the CPU."""
-        return {n: p.detach().to("cpu", torch.float32, copy=True) for n, p in self.parameters.items()}
+        return factors_of(self.parameters)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Set all factors; ``UpdateError`` names one that is missing, unknown or wrong, and nothing is changed."""
-        check_factors({name: tuple(p.shape) for name, p in self.parameters.items()}, tensors)
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[name])
+        set_factors(self.parameters, tensors)
 
     def to(self, device: torch.device) -> None:
         """Move the factors; the parameters stay the same objects."""
@@ -91,6 +86,20 @@ class _Adds:
             self.a.data, self.b.data = self.a.data.to(output.device), self.b.data.to(output.device)
         small = F.linear(args[0].to(self.a.dtype), self.a)
         return output + (self.scale * F.linear(small, self.b)).to(output.dtype)
+
+
+def emulator_factors(network: nn.Module, plan: NetworkPlan, options: LoraOptions) -> dict[str, tuple[int, int]]:
+    """Names and shapes of the factors that :class:`EmulatorLora` makes, worked out without making them."""
+    found = _emulator_linears(network, plan)
+    return _factors(found, _wanted(found, options.targets), options.rank)
+
+
+def _factors(found: Mapping[str, list[nn.Module]], wanted: list[str], rank: int) -> dict[str, tuple[int, int]]:
+    shapes: dict[str, tuple[int, int]] = {}
+    for name in wanted:
+        rows, columns = _shape(found[name][0])
+        shapes |= {name + A: (rank, columns), name + B: (rows, rank)}
+    return shapes
 
 
 def _emulator_linears(network: nn.Module, plan: NetworkPlan) -> dict[str, list[nn.Module]]:
@@ -127,7 +136,7 @@ def _wanted(found: Mapping[str, object], targets: tuple[str, ...]) -> list[str]:
         return list(found)
     paths = {name: name.split(".", 2)[2] for name in found}
     for target in targets:
-        if not any(path == target or path.endswith("." + target) for path in paths.values()):
+        if not any(is_named(path, target) for path in paths.values()):
             ends = dict.fromkeys(path.rpartition(".")[2] for path in paths.values())
             raise ConfigError(f"lora target {target!r} isn't in the emulator; {near(target, ends)}")
-    return [n for n, path in paths.items() if any(path == t or path.endswith("." + t) for t in targets)]
+    return [name for name, path in paths.items() if any(is_named(path, target) for target in targets)]

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from offsite_fl.config import Factors, LoraOptions
 from offsite_fl.errors import ConfigError, UpdateError
-from offsite_fl.models.linears import linear_weight, named_linears, replace_module
+from offsite_fl.models.linears import is_named, linear_weight, named_linears, replace_module
 from offsite_fl.registry import near
 
 if TYPE_CHECKING:
@@ -54,8 +54,7 @@ class AdapterLora:
                 if name.endswith(B):
                     parameter.zero_()
                 else:
-                    bound = 1 / math.sqrt(parameter.shape[1])  # Kaiming with a = sqrt(5), as nn.Linear and peft have it
-                    parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+                    parameter.copy_(drawn(parameter.shape[0], parameter.shape[1], generator))
                 parameter.requires_grad_(True)
 
     def parameters(self, train: Factors = "both") -> dict[str, nn.Parameter]:
@@ -69,15 +68,11 @@ class AdapterLora:
 
     def tensors(self) -> dict[str, Tensor]:
         """Copies of the factors, fp32 on the CPU."""
-        return {n: p.detach().to("cpu", torch.float32, copy=True) for n, p in self.parameters().items()}
+        return factors_of(self.parameters())
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Set all factors; ``UpdateError`` names one that is missing, unknown or wrong, and nothing is changed."""
-        parameters = self.parameters()
-        check_factors({name: tuple(p.shape) for name, p in parameters.items()}, tensors)
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(tensors[name])
+        set_factors(self.parameters(), tensors)
 
     def remove(self) -> None:
         """Give the network back as it was: the same modules, the same parameters, no trace of peft."""
@@ -89,6 +84,25 @@ class AdapterLora:
             block.__dict__.pop("peft_config", None)
         for parameter, required in self._required:
             parameter.requires_grad_(required)
+
+
+def drawn(rank: int, columns: int, generator: torch.Generator) -> Tensor:
+    """An A [rank, columns] to begin with, fp32: Kaiming with a = sqrt(5), as nn.Linear and peft have it."""
+    bound = 1 / math.sqrt(columns)
+    return torch.empty(rank, columns).uniform_(-bound, bound, generator=generator)
+
+
+def factors_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of live factors, fp32 on the CPU."""
+    return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in parameters.items()}
+
+
+def set_factors(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Put ``tensors`` into all live factors; ``UpdateError`` names one that is wrong, and nothing is changed."""
+    check_factors({name: tuple(p.shape) for name, p in parameters.items()}, tensors)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
 
 
 def add_lora(blocks: Mapping[int, nn.Module], options: LoraOptions, seed: int = 0) -> AdapterLora:
@@ -179,7 +193,7 @@ def target_paths(blocks: Mapping[int, nn.Module], options: LoraOptions) -> dict[
     for slot, block in sorted(blocks.items()):
         paths = [path for path, _ in named_linears(block)]
         known |= dict.fromkeys(paths)
-        hits = {t: [p for p in paths if p == t or p.endswith("." + t)] for t in options.targets}
+        hits = {t: [path for path in paths if is_named(path, t)] for t in options.targets}
         unused -= {target for target, matched in hits.items() if matched}
         wanted = {path for matched in hits.values() for path in matched}
         found[slot] = [path for path in paths if path in wanted or not options.targets]
@@ -191,15 +205,26 @@ def target_paths(blocks: Mapping[int, nn.Module], options: LoraOptions) -> dict[
     return found
 
 
-def expected_factors(blocks: Mapping[int, nn.Module], options: LoraOptions) -> dict[str, tuple[int, ...]]:
-    """Slot name -> shape of every factor that :func:`add_lora` would make; works on meta blocks too."""
-    shapes: dict[str, tuple[int, ...]] = {}
+def expected_factors(blocks: Mapping[int, nn.Module], options: LoraOptions) -> dict[str, tuple[int, int]]:
+    """Names and shapes of the factors that :func:`add_lora` makes, in its order, worked out without making them."""
+    shapes: dict[str, tuple[int, int]] = {}
     for slot, paths in target_paths(blocks, options).items():
         for path in paths:
             rows, columns = linear_weight(blocks[slot].get_submodule(path)).shape
-            shapes[f"adapter.{slot}.{path}{A}"] = (options.rank, columns)
-            shapes[f"adapter.{slot}.{path}{B}"] = (rows, options.rank)
+            name = f"adapter.{slot}.{path}"
+            shapes |= {name + A: (options.rank, columns), name + B: (rows, options.rank)}
     return shapes
+
+
+def check_rank(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """``ConfigError`` if factors of these shapes have a rank that no matrix among their products can have."""
+    linears = [name.removesuffix(A) for name in shapes if name.endswith(A)]
+    rank = max(shapes[name + A][0] for name in linears)
+    most = max(min(shapes[name + A][1], shapes[name + B][0]) for name in linears)
+    if rank > most:
+        raise ConfigError(
+            f"lora-rank = {rank} is more than any of the adapter's linears can have: set it to {most} or less"
+        )
 
 
 def check_factors(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:

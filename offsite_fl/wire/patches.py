@@ -12,6 +12,7 @@ from offsite_fl.config import LoraOptions, from_mapping, to_mapping
 from offsite_fl.data.fingerprints import Fingerprints
 from offsite_fl.errors import ConfigError, WireError
 from offsite_fl.patch import Patch
+from offsite_fl.tuning.lora import A, B
 from offsite_fl.wire import names
 from offsite_fl.wire.records import numpy_array, only_arrays, only_config, text
 
@@ -40,7 +41,8 @@ def make_patch(patch: Patch, public: Fingerprints) -> RecordDict:
 def read_patch(content: RecordDict) -> PatchMessage:
     """What :func:`make_patch` packed; ``WireError`` says what isn't as it must be.
 
-    That the factors fit the emulator is found out when they are put into it, and their digest by who keeps them.
+    Each factor has the rank that the options name, so that nobody takes memory for a rank that isn't there. That the
+    factors fit the emulator is found out when they are put into it, and their digest by who keeps them.
     """
     arrays, config = only_arrays(content)[1], only_config(content)[1]
     if names.PUBLIC not in arrays:
@@ -55,8 +57,18 @@ def read_patch(content: RecordDict) -> PatchMessage:
         options = from_mapping(LoraOptions, dict(config), names.PATCH_LORA)
     except ConfigError as error:
         raise WireError(f"the patch's options: {error}") from error
+    for name, tensor in tensors.items():
+        _check_rank(name, tuple(tensor.shape), options.rank)
     patch = Patch(tensors, text(config.get(names.DIGEST), names.DIGEST), options)
     return PatchMessage(patch, text(config.get(names.PATCH), names.PATCH), np.array(public))
+
+
+def _check_rank(name: str, shape: tuple[int, ...], rank: int) -> None:
+    axis = 0 if name.endswith(A) else 1 if name.endswith(B) else None
+    if axis is None:
+        raise WireError(f"tensor {ascii(name)[:120]} is no LoRA factor: their names end in {A!r} or {B!r}")
+    if shape[axis] != rank:
+        raise WireError(f"tensor {name!r} has rank {shape[axis]}, the patch's options say {rank}")
 
 
 def _shape(name: str, array: Array, dimensions: int) -> tuple[int, ...]:

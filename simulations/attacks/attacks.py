@@ -13,6 +13,7 @@ import torch
 
 from offsite_fl.config import check
 from offsite_fl.registry import Registry
+from offsite_fl.strategies.norms import scaled, update_norm
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -36,13 +37,6 @@ def register(name: str) -> Callable[[type[Attack]], type[Attack]]:
     return ATTACKS.register(name)
 
 
-def _scaled(received: Tensors, trained: Tensors, factor: float) -> dict[str, torch.Tensor]:
-    return {
-        name: (received[name].double() + factor * (value.double() - received[name].double())).float()
-        for name, value in trained.items()
-    }
-
-
 @register("sign-flip")
 @dataclass(frozen=True)
 class SignFlip(Attack):
@@ -50,7 +44,7 @@ class SignFlip(Attack):
 
     def reply(self, received: Tensors, trained: Tensors, draw: torch.Generator) -> dict[str, torch.Tensor]:
         """See :class:`Attack`."""
-        return _scaled(received, trained, -1.0)
+        return scaled(trained, received, -1.0)
 
 
 @register("scale")
@@ -68,7 +62,7 @@ class Scale(Attack):
 
     def reply(self, received: Tensors, trained: Tensors, draw: torch.Generator) -> dict[str, torch.Tensor]:
         """See :class:`Attack`."""
-        return _scaled(received, trained, self.factor)
+        return scaled(trained, received, self.factor)
 
 
 @register("noise")
@@ -86,8 +80,8 @@ class Noise(Attack):
 
     def reply(self, received: Tensors, trained: Tensors, draw: torch.Generator) -> dict[str, torch.Tensor]:
         """See :class:`Attack`."""
-        squares = sum(float((v.double() - received[name].double()).square().sum()) for name, v in trained.items())
-        size = self.std * math.sqrt(squares / max(1, sum(value.numel() for value in trained.values())))
+        count = max(1, sum(value.numel() for value in trained.values()))
+        size = self.std * update_norm(trained, received) / math.sqrt(count)
         return {name: value + size * torch.randn(value.shape, generator=draw) for name, value in trained.items()}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from offsite_fl.config import from_mapping
+from offsite_fl.config import from_mapping, read_spec
 from offsite_fl.errors import ConfigError
 from simulations.attacks.attacks import ATTACKS, Attack, Chain
 
@@ -18,16 +18,7 @@ def parse_attack(spec: str) -> Attack:
 
 
 def _parse_one(part: str, spec: str) -> Attack:
-    name, colon, rest = part.partition(":")
-    if not name.strip():
+    name, values = read_spec(part, "attack", spec)
+    if not name:
         raise ConfigError(f"attack spec {spec!r} has an empty part; write name:key=value, chained with '+'")
-    attack, prefix = ATTACKS[name.strip()], name.strip() + ":"
-    values: dict[str, str] = {}
-    for option in rest.split(",") if colon else []:
-        key, equals, value = (text.strip() for text in option.partition("="))
-        if not equals or not key:
-            raise ConfigError(f"{option.strip()!r} in attack spec {spec!r} isn't an option; write key=value")
-        if prefix + key in values:
-            raise ConfigError(f"{key!r} is given twice in {part!r}")
-        values[prefix + key] = value
-    return from_mapping(attack, values, prefix)
+    return from_mapping(ATTACKS[name], {f"{name}:{key}": value for key, value in values.items()}, f"{name}:")

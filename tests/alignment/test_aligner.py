@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from offsite_fl.alignment import Aligner, AlignmentOptions
+from offsite_fl.alignment import Aligner, AlignmentOptions, Diverged
 from offsite_fl.config import LoraOptions
 from offsite_fl.data_owner import DataOwner
 from offsite_fl.errors import ConfigError, OffsiteError, UpdateError
@@ -231,6 +231,47 @@ def test_a_loss_that_is_no_number_is_an_error_that_names_the_step(owner: ModelOw
     with pytest.raises(OffsiteError, match="loss is nan in step 2 of the alignment; lower its lr"):
         found.align(owner.adapter(), 1)
     assert found.step == 1
+
+
+def test_what_diverges_leaves_the_alignment_as_it_was(owner: ModelOwner) -> None:
+    """Steps before the one that fails are taken back too: factors, optimiser, and the place in the text."""
+    found, twin = aligner(owner), aligner(owner)
+    for each in (found, twin):
+        each.align(owner.adapter(), 2)
+    rates = found.optimizer.param_groups
+    rates[0]["lr"] = 1e30  # finite factors after the first of these steps, no finite loss in the second
+    with pytest.raises(Diverged, match=r"in step [34] of the alignment"):
+        found.align(owner.adapter(), 5)
+    rates = found.optimizer.param_groups
+    rates[0]["lr"] = 1e-2
+    assert found.step == 2 and found.patch.digest == twin.patch.digest
+    for each in (found, twin):
+        each.align(owner.adapter(), 3)
+    assert found.patch.digest == twin.patch.digest
+
+
+def test_factors_that_are_not_finite_are_never_handed_out(owner: ModelOwner) -> None:
+    """The loss is looked at before the last step, the factors after it."""
+    found = aligner(owner, optimizer="sgd")
+    found.align(owner.adapter(), 1)
+    before = found.patch.digest
+    found.optimizer.param_groups[0]["lr"] = math.inf
+    with pytest.raises(Diverged, match="not finite in step 2 of the alignment"):
+        found.align(owner.adapter(), 1)
+    assert found.patch.digest == before
+
+
+@pytest.mark.parametrize("lambda_kl", [0.0, 0.9])
+def test_an_adapter_without_a_finite_loss_is_found_before_it_is_used(lambda_kl: float, owner: ModelOwner) -> None:
+    """The hidden state of the alignment lies before this adapter, so at lambda 0 its loss alone would tell nothing."""
+    found = aligner(owner, lambda_kl=lambda_kl)
+    before = found.patch.digest
+    found.check(owner.adapter())
+    found.check({name: value + 1.0 for name, value in owner.adapter().items()})
+    with pytest.raises(Diverged, match="the emulator's loss on public text is nan"):
+        found.check({name: value * 1e25 for name, value in owner.adapter().items()})
+    assert found.step == 0 and found.patch.digest == before
+    assert all(torch.equal(owner.adapter()[n], t) for n, t in aligner(owner)._emulated.adapter().items())
 
 
 def test_one_network_beside_the_full_model(owner: ModelOwner) -> None:

@@ -79,7 +79,8 @@ def test_without_calibration_text(world: World, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("other", [("--first", 1), ("--last", 1), ("--at", "0,5")])
 def test_one_way_of_splitting_at_a_time(other: tuple[object, ...]) -> None:
-    run_cli("bundle", "m", "--emulator", "e", "--out", "o", "--split", "2-2", *other, code=2)
+    said = run_cli("bundle", "m", "--emulator", "e", "--out", "o", "--split", "2-2", *other, code=2).output
+    assert "--split" in said and str(other[0]) in said
 
 
 def test_spread_text() -> None:

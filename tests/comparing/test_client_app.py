@@ -12,7 +12,7 @@ from offsite_fl.comparing import client_app
 from offsite_fl.comparing.results import PEAK
 from offsite_fl.errors import ConfigError
 from offsite_fl.wire import names
-from tests.flower_fakes import task_identity
+from simulations.in_process import task_identity
 
 
 @pytest.fixture(autouse=True)

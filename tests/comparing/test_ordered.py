@@ -10,7 +10,8 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from offsite_fl.comparing import ordered
 from offsite_fl.errors import OffsiteError
 from offsite_fl.wire import names
-from tests.flower_fakes import FakeGrid, task_identity
+from simulations.in_process import task_identity
+from tests.flower_fakes import FakeGrid
 
 
 @pytest.fixture(autouse=True)

@@ -99,3 +99,15 @@ def test_faulty_divisions_are_seen(shares: list[list[int]], said: str) -> None:
 def test_specs_that_are_wrong(spec: str) -> None:
     with pytest.raises(ConfigError):
         parse_partition(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("dirichlet:alpha=1,alpha=2", "'alpha' is given twice"),
+        ("dirichlet:0.3", r"'0\.3' in partition spec 'dirichlet:0\.3' isn't an option"),
+    ],
+)
+def test_wrong_specs_are_named(spec: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        parse_partition(spec)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from offsite_fl.config import LoraOptions
-from offsite_fl.errors import WireError
+from offsite_fl.errors import StateError, WireError
+from offsite_fl.local import patch_store
 from offsite_fl.local.patch_store import MAX_AGE_SECONDS, PatchStore
 from offsite_fl.patch import Patch
 
@@ -71,6 +72,16 @@ def test_patches_of_a_bundle_that_nobody_uses_go(tmp_path: Path) -> None:
     os.utime(old.folder.parent, (past, past))
     store(tmp_path).keep(patch(1.0), PUBLIC)
     assert not old.folder.exists() and store(tmp_path).digests()
+
+
+def test_a_full_disk_is_told_without_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, *_: object) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(patch_store, "write_synced", full)
+    with pytest.raises(StateError, match="can't be kept: No space left on device") as told:
+        store(tmp_path).keep(patch(1.0), PUBLIC)
+    assert str(tmp_path) not in str(told.value)
 
 
 def test_digests_from_the_network_are_no_paths(tmp_path: Path) -> None:

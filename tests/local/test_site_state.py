@@ -11,7 +11,7 @@ import torch
 
 from offsite_fl.errors import StateError, WireError
 from offsite_fl.local import site_state
-from offsite_fl.local.site_state import MAX_AGE_SECONDS, MAX_RUNS, SiteState
+from offsite_fl.local.site_state import MAX_AGE_SECONDS, MAX_RUNS, MAX_UNUSED, SiteState
 
 KEY = "0123456789abcdef" * 2
 VALUES = {"adapter.0.w": torch.tensor([[1.0, 2.0]]), "adapter.0.b": torch.tensor(0.5)}
@@ -70,10 +70,43 @@ def test_damage_another_algorithm_and_another_adapter(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="is of 'ditto', not 'scaffold'"):
         state(tmp_path, algorithm="scaffold").load(1, VALUES)
     with pytest.raises(StateError, match=r"'adapter\.0\.b' doesn't belong"):
-        kept.load(1, ["adapter.0.w"])
+        kept.load(1, {"adapter.0.w": VALUES["adapter.0.w"]})
+    with pytest.raises(StateError, match=r"'adapter\.0\.b' is \[\], must be \[2\]"):
+        kept.load(1, {**VALUES, "adapter.0.b": torch.zeros(2)})
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(StateError, match="is damaged"):
         kept.load(1, VALUES)
+
+
+def test_no_new_beginning_once_the_server_counted_on_a_state(tmp_path: Path) -> None:
+    kept = state(tmp_path)
+    kept.save(1, VALUES, 0)
+    assert kept.load(0, VALUES) is None  # nobody has used it yet: its reply may have been dropped
+    assert kept.load(1, VALUES) is not None
+    with pytest.raises(StateError, match=r"it counted on its state before .*1.*Does another site use the same name"):
+        state(tmp_path).load(0, VALUES)
+    assert kept.rounds() == [1]
+    assert state(tmp_path, site="b").load(0, VALUES) is None
+
+
+def test_a_new_beginning_deletes_nothing_that_may_still_count(tmp_path: Path) -> None:
+    kept = state(tmp_path)
+    for number in range(1, MAX_UNUSED + 1):
+        kept.save(number, times(number), 0)
+        assert kept.rounds() == list(range(1, number + 1))
+    kept.save(MAX_UNUSED + 1, VALUES, 0)
+    assert kept.rounds() == list(range(2, MAX_UNUSED + 2))
+    kept.save(20, VALUES, 5)
+    assert kept.rounds() == [5, 20]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_kept(tmp_path: Path, value: float) -> None:
+    kept = state(tmp_path)
+    kept.save(1, VALUES, 0)
+    with pytest.raises(StateError, match=r"of round 2 isn't finite: 'adapter\.0\.b'"):
+        kept.save(2, {**VALUES, "adapter.0.b": torch.tensor(value)}, 1)
+    assert kept.rounds() == [1]
 
 
 @pytest.mark.parametrize("key", ["", "../../etc", "A" * 32, "0" * 31, "0" * 33, "0" * 32 + "\n"])

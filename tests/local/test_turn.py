@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,13 +19,12 @@ from offsite_fl import client_app
 from offsite_fl.client_app import make_client_app
 from offsite_fl.config import TuneConfig
 from offsite_fl.data_owner import DataOwner
-from offsite_fl.models.split import Split
 from offsite_fl.owner import ModelOwner
 from offsite_fl.strategies import Ditto, FedNova, FedPer, OffsiteTuning, Scaffold
 from offsite_fl.strategies.named import make_strategy
 from offsite_fl.wire.settings import client_seed
-from tests.conftest import make_pico, make_tokenizer
-from tests.flower_fakes import FakeGrid, task_identity
+from tests.flower_fakes import FakeGrid, all_nodes
+from tests.pico_clients import fresh_process, owner_with_bundle, reasons, two_sites
 
 SGD = TuneConfig(
     max_steps=2,
@@ -40,7 +37,6 @@ SGD = TuneConfig(
     validation_share=0.3,
 )
 LORA = dataclasses.replace(SGD, lora_rank=2, lora_targets=("q_proj", "down_proj"))
-WORDS = ["rain falls on the hills. ", "we sold 40 bolts of cloth. "]
 BASES: dict[str, Callable[..., Strategy]] = {
     "scaffold": Scaffold,
     "fednova": FedNova,
@@ -52,34 +48,23 @@ KEEPING = ["scaffold", "fedper", "ditto"]
 
 @pytest.fixture(scope="module")
 def owner(tmp_path_factory: pytest.TempPathFactory) -> ModelOwner:
-    found = ModelOwner(make_pico("llama"), make_tokenizer(), Split(first=1, last=1))
-    found.make_bundle("layer-drop:keep=2", tmp_path_factory.mktemp("owner") / "bundle")
-    gc.collect()
-    return found
+    return owner_with_bundle(tmp_path_factory.mktemp("owner"))
 
 
 @pytest.fixture(autouse=True)
-def fresh_process() -> Iterator[None]:
-    client_app._networks.clear()
-    with task_identity():
+def process() -> Iterator[None]:
+    with fresh_process():
         yield
-    client_app._networks.clear()
 
 
 @pytest.fixture
 def sites(tmp_path: Path) -> dict[int, dict[str, Any]]:
-    """Two sites, each with a file, sharing a cache as on one machine."""
-    nodes = {}
-    for i, words in enumerate(WORDS):
-        data = tmp_path / f"data-{i}.jsonl"
-        data.write_text("\n".join(json.dumps({"text": words * 8}) for _ in range(2 + i)))
-        nodes[500 + i] = {"name": "ab"[i], "data": str(data), "cache-dir": str(tmp_path / "cache")}
-    return nodes
+    """They share a cache, as on one machine."""
+    return two_sites(tmp_path, caches=("cache", "cache"))
 
 
 def base(name: str, count: int = 2, **options: Any) -> Any:
-    counts = {"min_train_nodes": count, "min_evaluate_nodes": count, "min_available_nodes": count}
-    return (BASES | {"fedavg": FedAvg})[name](**counts, **options)
+    return (BASES | {"fedavg": FedAvg})[name](**all_nodes(count), **options)
 
 
 def federate(owner: ModelOwner, nodes: dict[int, Any], strategy: Any, rounds: int, **options: Any) -> OffsiteTuning:
@@ -93,10 +78,6 @@ def kept(cache: Path, key: str, server_round: int) -> dict[str, dict[str, torch.
     """What all sites keep after a round of a run, by the folder of the site."""
     found = (cache / "sites" / key).glob(f"*/round-{server_round:05d}.safetensors")
     return {path.parent.name: load_file(path) for path in found}
-
-
-def reasons(strategy: OffsiteTuning) -> list[str]:
-    return [dropped.reason for record in strategy.history for dropped in record.dropped]
 
 
 @pytest.mark.parametrize("tune", [SGD, LORA], ids=["full", "lora"])
@@ -215,6 +196,58 @@ def test_a_lost_state_is_told_and_the_others_go_on(
     (dropped,) = outer.history[2].dropped
     assert dropped.node == "a" and "the server counts on this site's state after round 1" in dropped.reason
     assert not outer.history[2].skipped
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_two_sites_of_one_name(owner: ModelOwner, sites: dict[int, Any], name: str, tmp_path: Path) -> None:
+    """Only one takes part in a round, and what the first one keeps stays whoever is asked first after a resume."""
+    one = {**sites[500], "cache-dir": str(tmp_path / "one")}
+    two = {**sites[501], "name": "a", "cache-dir": str(tmp_path / "two")}
+
+    def on(rounds: int, nodes: dict[int, Any], resume: bool) -> OffsiteTuning:
+        client_app._networks.clear()
+        chosen = base(name, 1, fraction_evaluate=0.0)
+        return federate(owner, nodes, chosen, rounds, run_dir=tmp_path / "run", resume=resume)
+
+    first = on(2, {500: one}, False)
+    before = kept(tmp_path / "one", first.base.run_key, 2)
+    third = on(3, {701: two}, True).history[3]
+    assert "the server counts on this site's state after round 2" in third.dropped[0].reason and third.skipped
+    fourth = on(4, {900: one, 901: two}, True).history[4]
+    assert sum("another site is called a too" in dropped.reason for dropped in fourth.dropped) == 1
+    assert set(fourth.clients) <= {"a"}
+    after = kept(tmp_path / "one", first.base.run_key, 2)
+    assert before and all(torch.equal(before[s][k], after[s][k]) for s in before for k in before[s])
+
+
+def test_a_site_that_is_started_anew_goes_on_with_its_state(
+    owner: ModelOwner, sites: dict[int, Any], tmp_path: Path
+) -> None:
+    grid = FakeGrid(make_client_app(), {500: sites[500]})
+
+    def restart(server_round: int, arrays: Any) -> None:
+        if server_round == 1:  # without a key of its own the node has another number then
+            grid.nodes = {777: grid.nodes[500]}
+
+    outer = OffsiteTuning(base("scaffold", 1, fraction_evaluate=0.0), owner, tune=SGD)
+    outer.start(grid, num_rounds=2, evaluate_fn=restart)
+    assert not reasons(outer) and [list(record.clients) for record in outer.history[1:]] == [["a"], ["a"]]
+
+
+def test_scaffold_sends_up_what_fedavg_does(owner: ModelOwner, sites: dict[int, Any]) -> None:
+    found = [federate(owner, sites, base(name, fraction_evaluate=0.0), 1).ledger for name in ("scaffold", "fedavg")]
+    up = [ledger.total(kind="update") for ledger in found]
+    assert up[0] == up[1] and found[0].total(kind="adapter") > 1.9 * found[1].total(kind="adapter")
+
+
+@pytest.mark.parametrize("codec", ["fp32", "fp16", "bf16", "int8"])
+def test_c_is_the_mean_of_what_the_sites_keep(
+    owner: ModelOwner, sites: dict[int, Any], codec: str, tmp_path: Path
+) -> None:
+    strategy = federate(owner, sites, base("scaffold", fraction_evaluate=0.0), 3, codec=codec)
+    one, other = kept(tmp_path / "cache", strategy.base.run_key, 3).values()
+    for name, value in strategy.base.control().items():
+        assert torch.allclose(torch.from_numpy(value).float(), (one[name] + other[name]) / 2, rtol=0, atol=1e-5)
 
 
 def test_a_site_s_own_settings_that_do_not_go(owner: ModelOwner, sites: dict[int, Any]) -> None:

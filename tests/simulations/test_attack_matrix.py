@@ -19,8 +19,8 @@ from offsite_fl.strategies import OffsiteTuning
 from offsite_fl.strategies.named import make_strategy
 from offsite_fl.wire.codecs import decode, encode
 from simulations.attacks import ATTACKS, Threat
-from tests.flower_fakes import Adder, FakeGrid
-from tests.strategies.conftest import FIRST, all_nodes, identity, run, short_collections, wrap
+from tests.flower_fakes import Adder, FakeGrid, all_nodes
+from tests.strategies.conftest import FIRST, identity, run, short_collections, wrap
 
 __all__ = ["identity", "short_collections"]  # fixtures that every test here takes
 

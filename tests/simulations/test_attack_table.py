@@ -18,7 +18,7 @@ from offsite_fl.strategies.named import make_strategy
 from simulations.attacks import parse_attack
 from simulations.benchmarks.attack_world import KEPT, Remembering
 from simulations.benchmarks.attacks import ATTACKS, WAYS, Cell, Setup, measure, missing, read, spread, table
-from tests.flower_fakes import task_identity
+from simulations.in_process import task_identity
 
 SETUP = Setup(rounds=1, steps=2, test_tokens=128, attacker=0)
 

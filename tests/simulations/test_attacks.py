@@ -24,8 +24,8 @@ from offsite_fl.owner import ModelOwner
 from offsite_fl.wire import names
 from offsite_fl.wire.codecs import encode
 from simulations.attacks import ATTACKS, Threat, flip, parse_attack, with_flipped_labels
+from simulations.in_process import task_identity
 from tests.conftest import make_pico, make_tokenizer
-from tests.flower_fakes import task_identity
 
 RECEIVED = {"w": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "b": torch.tensor(0.5)}
 TRAINED = {"w": torch.tensor([[2.0, 2.0], [3.0, 6.0]]), "b": torch.tensor(-1.5)}  # update: 1, 0, 0, 2 and -2

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
-from simulations.in_process import InProcessGrid, separate
-from tests.flower_fakes import task_identity
+from simulations.in_process import InProcessGrid, separate, task_identity
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from offsite_fl.data.examples import to_examples
 from offsite_fl.errors import ConfigError
+from simulations.in_process import task_identity
 from tests.conftest import make_pico, make_tokenizer
-from tests.flower_fakes import task_identity
 
 APP = Path(__file__).parents[2] / "simulations" / "quickstart"
 HONEST = {"codec": "fp32", "attack": "", "attackers": "0"}

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from offsite_fl.strategies import OffsiteTuning
-from tests.flower_fakes import FakeGrid, task_identity
+from simulations.in_process import task_identity
+from tests.flower_fakes import FakeGrid
 
 FIRST = {"adapter.0.w": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "adapter.1.b": torch.tensor([0.5])}
 
@@ -53,11 +54,6 @@ def sites(count: int, examples: list[int] | None = None, first: int = 1000) -> d
     """Node ids and node configs of ``count`` sites a, b, c..."""
     weights = examples or [1] * count
     return {first + 7 * i: {"name": chr(ord("a") + i), "index": i, "examples": weights[i]} for i in range(count)}
-
-
-def all_nodes(count: int) -> dict[str, Any]:
-    """Arguments for a Flower strategy that wants all of ``count`` nodes in every round."""
-    return {"min_train_nodes": count, "min_evaluate_nodes": count, "min_available_nodes": count}
 
 
 def wrap(base: Any, **options: Any) -> OffsiteTuning:

@@ -33,6 +33,7 @@ class QuadraticJob:
     lr: float
     received: Any
     kept: Any
+    codec: str = "fp32"
     settings: TuneConfig = field(default_factory=lambda: TuneConfig(optimizer="sgd"))
     run: TuneConfig = field(default_factory=lambda: TuneConfig(optimizer="sgd"))
 
@@ -51,6 +52,10 @@ class QuadraticJob:
 
     def loss(self, values: Any) -> float:
         return sum(float(self.curvature / 2 * (t.double() - self.middle).square().sum()) for t in values.values())
+
+    def as_read(self, values: Any) -> Tensors:
+        like = {name: torch.zeros_like(value) for name, value in values.items()}
+        return decode(*encode(values, like, self.codec), like, self.codec)
 
     def initial(self) -> Tensors:
         return {name: tensor.clone() for name, tensor in FIRST.items()}
@@ -87,6 +92,7 @@ class Quadratics:
             self.lr,
             decode(arrays, config, like, codec),
             kept,
+            codec,
         )
         if message.metadata.message_type == "evaluate":
             found = algorithm.evaluate(job) if algorithm else {"loss": job.loss(job.received)}
@@ -95,7 +101,7 @@ class Quadratics:
         done = algorithm.tune(job) if algorithm else job.tuned(job.received)
         if algorithm:
             self.states[state[0], site, int(config[names.SERVER_ROUND])] = done.keep  # type: ignore[union-attr,arg-type]
-        wired, notes = encode({name: done.tensors[name] for name in arrays}, like, codec)
+        wired, notes = encode({name: done.tensors[name] for name in arrays if name in done.tensors}, like, codec)
         told = {names.CLIENT: site, **({names.ALGORITHM: algorithm.name} if algorithm else {})}
         measured = {name.replace("-", "_"): value for name, value in done.metrics.items()}
         metrics = MetricRecord({names.NUM_EXAMPLES: int(node["examples"]), **measured})

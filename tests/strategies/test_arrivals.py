@@ -15,9 +15,9 @@ from flwr.serverapp.strategy import FedAvg
 
 from offsite_fl.errors import CheckpointError, ConfigError
 from offsite_fl.strategies.arrivals import POLL, Waiting, arrivals
-from tests.flower_fakes import Adder, FakeGrid
+from tests.flower_fakes import Adder, FakeGrid, all_nodes
 
-from .conftest import FIRST, all_nodes, run, sites, wrap
+from .conftest import FIRST, run, sites, wrap
 
 SHIFTS = [1.0, 2.0, 4.0]
 A, B, C = sites(3)

@@ -14,9 +14,9 @@ from offsite_fl.errors import OffsiteError
 from offsite_fl.strategies import OffsiteTuning
 from offsite_fl.wire import names
 from offsite_fl.wire.packs import read_pack
-from tests.flower_fakes import Adder, FakeGrid
+from tests.flower_fakes import Adder, FakeGrid, all_nodes
 
-from .conftest import FIRST, StubBundle, StubOwner, all_nodes, run, sites
+from .conftest import FIRST, StubBundle, StubOwner, run, sites
 
 
 class Site(Adder):

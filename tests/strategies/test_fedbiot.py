@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,71 +14,54 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg
 
 from offsite_fl import client_app
+from offsite_fl.alignment import Aligner
 from offsite_fl.client_app import make_client_app
 from offsite_fl.config import TuneConfig
 from offsite_fl.data_owner import DataOwner
-from offsite_fl.errors import ConfigError
+from offsite_fl.errors import ConfigError, OffsiteError
 from offsite_fl.evaluation.loss import evaluate_loss
 from offsite_fl.measure import Measure
-from offsite_fl.models.split import Split
 from offsite_fl.owner import ModelOwner
 from offsite_fl.strategies import FedBiOT, OffsiteTuning, central_evaluation
 from offsite_fl.strategies.named import make_strategy
 from offsite_fl.wire import names
-from tests.conftest import make_pico, make_tokenizer
-from tests.flower_fakes import FakeGrid
+from tests.flower_fakes import FakeGrid, all_nodes
+from tests.pico_clients import fresh_process, owner_with_bundle, reasons, two_sites
 
 TUNE = TuneConfig(
     max_steps=2, lr=1e-2, batch_size=2, block_size=12, lora_rank=2, progress=False, device="cpu", optimizer="sgd"
 )
-WORDS = ["rain falls on the hills. ", "we sold 40 bolts of cloth. "]
 PUBLIC = Dataset.from_dict({"text": ["the quick brown fox jumps over the lazy dog. " * 3, "a stitch in time. " * 5]})
 ALIGN: dict[str, Any] = {"first_steps": 3, "align_steps": 2, "align_rank": 2, "align_batch": 2, "align_lr": 1e-2}
-NODES: dict[str, Any] = {"min_train_nodes": 2, "min_evaluate_nodes": 2, "min_available_nodes": 2}
 
 
 @pytest.fixture(scope="module")
 def owner(tmp_path_factory: pytest.TempPathFactory) -> ModelOwner:
     """A pico llama that tunes its last block, behind an emulator of two dropped-layer blocks."""
-    found = ModelOwner(make_pico("llama"), make_tokenizer(), Split(first=0, last=1))
-    found.make_bundle("layer-drop:keep=2", tmp_path_factory.mktemp("owner") / "bundle")
-    gc.collect()
-    return found
+    return owner_with_bundle(tmp_path_factory.mktemp("owner"), first=0)
 
 
 @pytest.fixture(autouse=True)
-def fresh_process() -> Iterator[None]:
-    client_app._networks.clear()
-    yield
-    client_app._networks.clear()
+def process() -> Iterator[None]:
+    with fresh_process():
+        yield
 
 
 @pytest.fixture
 def nodes(tmp_path: Path) -> dict[int, dict[str, Any]]:
-    """Two sites, each with a file and a cache of its own."""
-    found = {}
-    for i, words in enumerate(WORDS):
-        data = tmp_path / f"data-{i}.jsonl"
-        data.write_text("\n".join(json.dumps({"text": words * 8}) for _ in range(2 + i)))
-        found[500 + i] = {"name": "ab"[i], "data": str(data), "cache-dir": str(tmp_path / f"cache-{i}")}
-    return found
-
-
-def strategy_for(owner: ModelOwner, base: Any = None, **options: Any) -> OffsiteTuning:
-    base = base or FedBiOT(fraction_evaluate=0.0, **{**ALIGN, **NODES})
-    return OffsiteTuning(base, owner, **{"tune": TUNE, "public": PUBLIC, **options})
+    return two_sites(tmp_path)
 
 
 def fedbiot(**options: Any) -> FedBiOT:
-    return FedBiOT(**{"fraction_evaluate": 0.0, **ALIGN, **NODES, **options})
+    return FedBiOT(**{"fraction_evaluate": 0.0, **ALIGN, **all_nodes(2), **options})
 
 
-def reasons(strategy: OffsiteTuning) -> list[str]:
-    return [dropped.reason for record in strategy.history for dropped in record.dropped]
+def strategy_for(owner: ModelOwner, base: Any = None, **options: Any) -> OffsiteTuning:
+    return OffsiteTuning(base or fedbiot(), owner, **{"tune": TUNE, "public": PUBLIC, **options})
 
 
 def patch_files(node: dict[str, Any]) -> list[Path]:
@@ -284,6 +267,66 @@ def test_a_node_that_cannot_take_the_patch_sits_the_round_out(owner: ModelOwner,
     assert reason.startswith("patch delivery: ") and grid.types("train") == [501]
 
 
+def test_a_huge_reply_costs_its_round_and_no_more(owner: ModelOwner, nodes: dict[int, Any], tmp_path: Path) -> None:
+    """Finite values that pass screening and give the emulator no finite loss. The run goes on, also when resumed."""
+    tune, rounds = replace(TUNE, lora_rank=0), []
+
+    def tamper(reply: Message) -> Message:
+        arrays = reply.content.array_records.get(names.ARRAYS) if reply.has_content() else None
+        if reply.metadata.src_node_id == 501 and arrays:
+            rounds.append(1)
+            if len(rounds) == 2:
+                huge = {name: Array(array.numpy() * np.float32(1e25)) for name, array in arrays.items()}
+                reply.content[names.ARRAYS] = ArrayRecord(huge)
+        return reply
+
+    def run(last: int, **options: Any) -> OffsiteTuning:
+        strategy = strategy_for(owner, tune=tune, run_dir=tmp_path / "run", **options)
+        strategy.start(FakeGrid(make_client_app(), nodes, tamper), num_rounds=last)
+        return strategy
+
+    after_1 = {name: t.clone() for name, t in run(1).state.items()}
+    strategy = run(2, resume=True)
+    assert [record.skipped for record in strategy.history] == [False, False, True]
+    (reason,) = reasons(strategy)
+    assert "the emulator's loss on public text is nan with it" in reason
+    assert all(torch.equal(strategy.state[name], after_1[name]) for name in after_1)
+    resumed = run(4, resume=True)
+    assert [record.skipped for record in resumed.history] == [False, False, True, False, False]
+    assert any(not torch.equal(resumed.state[name], after_1[name]) for name in after_1)
+
+
+def test_an_alignment_that_diverges_keeps_the_patch_from_before(
+    owner: ModelOwner, nodes: dict[int, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real, seen = Aligner.loss, []
+
+    def loss(self: Aligner, *args: Any) -> torch.Tensor:
+        found = real(self, *args)
+        return found * math.nan if self.step == 4 and torch.is_grad_enabled() and not seen[2:] else found
+
+    monkeypatch.setattr(Aligner, "loss", loss)  # in the second step before round 2
+    strategy = strategy_for(owner)
+    with caplog.at_level(logging.WARNING):
+        strategy.start(
+            FakeGrid(make_client_app(), nodes), num_rounds=3, evaluate_fn=lambda r, a: seen.append(strategy.patch)
+        )
+    digests = [patch.digest for patch in seen[1:]]
+    assert digests[0] == digests[1] != digests[2]
+    (left,) = [(r.round, d.node, d.reason) for r in strategy.history for d in r.dropped]
+    assert left[:2] == (2, "alignment") and left[2].startswith("the emulator keeps its patch from before: loss is nan")
+    assert left[2] in caplog.text
+    assert [set(record.clients) for record in strategy.history[1:]] == [{"a", "b"}] * 3
+    assert not any(record.skipped for record in strategy.history)
+
+
+def test_options_that_diverge_at_once_are_an_error(owner: ModelOwner, nodes: dict[int, Any]) -> None:
+    """Before round 1 no site has replied yet, and there is no patch to keep."""
+    strategy = strategy_for(owner, fedbiot(align_lr=1e30))
+    with pytest.raises(OffsiteError, match="of the alignment; lower its lr"):
+        strategy.start(FakeGrid(make_client_app(), nodes), num_rounds=1)
+
+
 # Checkpoints --------------------------------------------------------------------------------------------------------
 
 
@@ -365,7 +408,7 @@ def test_a_patch_travels_only_when_it_is_new(
 
 def test_without_epsilon_and_alignment_it_is_fedavg(owner: ModelOwner, nodes: dict[int, Any]) -> None:
     one = strategy_for(owner, fedbiot(epsilon=0.0, realign=-1), public=None)
-    other = strategy_for(owner, FedAvg(fraction_evaluate=0.0, **NODES), public=None)
+    other = strategy_for(owner, FedAvg(fraction_evaluate=0.0, **all_nodes(2)), public=None)
     for strategy in (one, other):
         strategy.start(FakeGrid(make_client_app(), nodes), num_rounds=2)
     assert all(torch.equal(one.state[name], other.state[name]) for name in one.state)
@@ -399,8 +442,7 @@ def test_wrong_settings_are_named(owner: ModelOwner, make: Any, options: dict[st
 
 
 def test_the_adapter_must_be_the_last_blocks_unless_any_will_do(tmp_path: Path) -> None:
-    owner = ModelOwner(make_pico("llama"), make_tokenizer(), Split(first=1, last=1))
-    owner.make_bundle("layer-drop:keep=2", tmp_path / "bundle")
+    owner = owner_with_bundle(tmp_path)
     with pytest.raises(ConfigError, match=r"the split is .*: set it to 0-2, or take fedbiot:placement=any"):
         strategy_for(owner)
     assert strategy_for(owner, fedbiot(placement="any")).patch is None

@@ -12,9 +12,9 @@ from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, 
 
 from offsite_fl.strategies import FedNova
 from offsite_fl.strategies.named import make_strategy
-from tests.flower_fakes import Adder, FakeGrid
+from tests.flower_fakes import Adder, FakeGrid, all_nodes
 
-from .conftest import FIRST, all_nodes, run, sites, wrap
+from .conftest import FIRST, run, sites, wrap
 from .quadratics import Quadratics, far, quadratic_sites
 
 LR = 0.02
@@ -84,12 +84,40 @@ def test_unequal_steps_do_not_move_the_optimum() -> None:
     assert far(found, rest) < 1e-3 and abs(rest - 0.5) < 0.025
 
 
-@pytest.mark.parametrize("metrics", [{}, {"steps": 0.0}, {"lr_sum": -1.0}])
-def test_replies_that_do_not_tell_their_work_skip_the_round(metrics: dict[str, float]) -> None:
-    client = telling(a={"by": 1, **metrics}, b={"by": 2, **metrics})
+@pytest.mark.parametrize("metrics", [{}, {"steps": 0.0}, {"lr_sum": -1.0}, {"lr_sum": float("nan")}])
+def test_replies_that_do_not_tell_their_work_are_dropped_one_by_one(metrics: dict[str, float]) -> None:
+    client = telling(a={"by": 1, **metrics}, b={"by": 2, "lr_sum": 0.1, "steps": 3.0})
+    strategy = wrap(fednova())
+    assert shift(run(strategy, FakeGrid(client, sites(2)))) == pytest.approx(2, abs=1e-4)
+    (dropped,) = strategy.history[1].dropped
+    assert dropped.node == "a" and ("work" in dropped.reason or "must be one finite number" in dropped.reason)
+
+
+@pytest.mark.parametrize("claim", [1e-300, 1e-7, 0.0299, 3.01, 1e12, 1e300])
+def test_a_claimed_work_far_from_the_others_is_dropped(claim: float) -> None:
+    client = telling(a={"by": -1, "lr_sum": claim}, b={"by": 2, "lr_sum": 0.3}, c={"by": 4, "lr_sum": 0.3})
+    strategy = wrap(fednova(3), max_update_norm=10.0)
+    assert shift(run(strategy, FakeGrid(client, sites(3)))) == pytest.approx(3, abs=1e-4)
+    (dropped,) = strategy.history[1].dropped
+    assert dropped.node == "a" and "10 times the round's median 0.3, up or down" in dropped.reason
+
+
+def test_honest_sites_of_unequal_work_all_count() -> None:
+    # work 0.1, 0.3, 2: p = 1/3 each, tau = 0.8, so 0.8 / 3 * (1 / 0.1 + 3 / 0.3 + 20 / 2) = 8.
+    client = telling(a={"by": 1, "lr_sum": 0.1}, b={"by": 3, "lr_sum": 0.3}, c={"by": 20, "lr_sum": 2.0})
+    strategy = wrap(fednova(3))
+    assert shift(run(strategy, FakeGrid(client, sites(3)))) == pytest.approx(8, abs=1e-3)
+    assert not strategy.history[1].dropped
+    narrow = wrap(fednova(3, work_factor=2.0))
+    run(narrow, FakeGrid(client, sites(3)))
+    assert {dropped.node for dropped in narrow.history[1].dropped} == {"a", "c"}
+
+
+def test_of_two_replies_nobody_can_say_which_one_is_right() -> None:
+    client = telling(a={"by": -1, "lr_sum": 1e-7}, b={"by": 2, "lr_sum": 0.3})
     strategy = wrap(fednova())
     assert shift(run(strategy, FakeGrid(client, sites(2)))) == 0 and strategy.history[1].skipped
-    assert "FedNova couldn't aggregate" in strategy.history[1].dropped[0].reason
+    assert {dropped.node for dropped in strategy.history[1].dropped} == {"a", "b", "aggregate"}
 
 
 def test_inside_a_privacy_wrapper() -> None:
@@ -100,4 +128,5 @@ def test_inside_a_privacy_wrapper() -> None:
 
 
 def test_by_name() -> None:
-    assert isinstance(make_strategy("fednova:fraction-train=0.5"), FedNova)
+    made = make_strategy("fednova:fraction-train=0.5,work-factor=4")
+    assert isinstance(made, FedNova) and (made.fraction_train, made.work_factor) == (0.5, 4.0)

@@ -13,9 +13,9 @@ from offsite_fl.errors import ConfigError
 from offsite_fl.models.split import Split
 from offsite_fl.strategies import FedOT, OffsiteTuning
 from offsite_fl.strategies.named import make_strategy
-from tests.flower_fakes import Adder, FakeGrid
+from tests.flower_fakes import Adder, FakeGrid, all_nodes
 
-from .conftest import StubOwner, all_nodes, run, sites
+from .conftest import StubOwner, run, sites
 
 
 @dataclass

@@ -13,9 +13,9 @@ from offsite_fl.config import TuneConfig
 from offsite_fl.errors import ConfigError
 from offsite_fl.strategies import FedPer
 from offsite_fl.strategies.named import make_strategy
-from tests.flower_fakes import Adder, FakeGrid
+from tests.flower_fakes import Adder, FakeGrid, all_nodes
 
-from .conftest import FIRST, all_nodes, run, sites, wrap
+from .conftest import FIRST, run, sites, wrap
 from .quadratics import LR, Quadratics, quadratic_sites
 
 NODES = quadratic_sites([1.0, 4.0], [0.0, 1.0], [3, 3], [1, 3])

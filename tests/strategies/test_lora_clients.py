@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,14 @@ from offsite_fl import client_app
 from offsite_fl.client_app import make_client_app
 from offsite_fl.config import TuneConfig
 from offsite_fl.data_owner import DataOwner
-from offsite_fl.models.split import Split
 from offsite_fl.owner import ModelOwner
 from offsite_fl.strategies import OffsiteTuning
 from offsite_fl.strategies.central import central_evaluation
 from offsite_fl.strategies.named import make_strategy
 from offsite_fl.tuning.lora import merge_lora
 from offsite_fl.update import Update
-from tests.conftest import make_pico, make_tokenizer
-from tests.flower_fakes import FakeGrid
-
-from .conftest import all_nodes
+from tests.flower_fakes import FakeGrid, all_nodes
+from tests.pico_clients import fresh_process, owner_with_bundle, reasons, two_sites
 
 TUNE = TuneConfig(
     max_steps=2,
@@ -40,42 +36,29 @@ TUNE = TuneConfig(
     progress=False,
     device="cpu",
 )
-WORDS = ["rain falls on the hills. ", "we sold 40 bolts of cloth. "]
 NAMES = ["flora", "flexlora", "ffa-lora", "rolora"]
-
-
-def owner_of(family: str, folder: Path) -> ModelOwner:
-    found = ModelOwner(make_pico(family), make_tokenizer(), Split(first=1, last=1))
-    found.make_bundle("layer-drop:keep=2", folder / "bundle")
-    return found
 
 
 @pytest.fixture(scope="module")
 def owner(tmp_path_factory: pytest.TempPathFactory) -> ModelOwner:
-    return owner_of("llama", tmp_path_factory.mktemp("owner"))
+    return owner_with_bundle(tmp_path_factory.mktemp("owner"))
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def either(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelOwner:
     """A model whose linears are stored [out, in], and one whose are stored [in, out]."""
-    return owner_of(request.param, tmp_path_factory.mktemp("either"))
+    return owner_with_bundle(tmp_path_factory.mktemp("either"), family=request.param)
 
 
 @pytest.fixture(autouse=True)
-def fresh_process() -> Iterator[None]:
-    client_app._networks.clear()
-    yield
-    client_app._networks.clear()
+def process() -> Iterator[None]:
+    with fresh_process():
+        yield
 
 
 @pytest.fixture
 def nodes(tmp_path: Path) -> dict[int, dict[str, Any]]:
-    made = {}
-    for i, words in enumerate(WORDS):
-        data = tmp_path / f"data-{i}.jsonl"
-        data.write_text("\n".join(json.dumps({"text": words * 8}) for _ in range(3 + 2 * i)))
-        made[500 + i] = {"name": "ab"[i], "data": str(data), "cache-dir": str(tmp_path / f"cache-{i}")}
-    return made
+    return two_sites(tmp_path, rows=(3, 5))
 
 
 @dataclasses.dataclass(eq=False)
@@ -136,17 +119,13 @@ def differ(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> floa
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
-def dropped(strategy: OffsiteTuning) -> list[str]:
-    return [entry.reason for record in strategy.history for entry in record.dropped]
-
-
 @pytest.mark.parametrize("name", ["flora", "ffa-lora", "rolora"])
 def test_two_rounds_are_exact_averages_of_what_the_owners_tuned(
     either: ModelOwner, nodes: dict[int, Any], calls: list[Call], name: str
 ) -> None:
     owner = either
     strategy = federate(owner, nodes, name, 2)
-    assert not dropped(strategy) and len(calls) == 4
+    assert not reasons(strategy) and len(calls) == 4
     handed_out = owner.initial_state()
     first = mean(owner, handed_out, calls[:2])
     if name == "flora":  # the second round begins with the merged adapter, and goes on from it
@@ -172,7 +151,7 @@ def test_flexlora_is_nearer_to_the_average_than_plain_averaging(
         calls.clear()
         tune = dataclasses.replace(TUNE, max_steps=8, lr=3e-2)
         strategy = federate(owner, nodes, name, 1, tune=tune)
-        assert not dropped(strategy)
+        assert not reasons(strategy)
         expected, found = mean(owner, handed_out, calls), adapters(strategy, owner)
         squares = [float((found[n] - expected[n]).square().sum()) for n in expected]
         distances[name] = sum(squares) ** 0.5
@@ -182,7 +161,7 @@ def test_flexlora_is_nearer_to_the_average_than_plain_averaging(
 @pytest.mark.parametrize("name", NAMES)
 def test_evaluation_plug_in_and_resume(owner: ModelOwner, nodes: dict[int, Any], name: str, tmp_path: Path) -> None:
     whole = federate(owner, nodes, name, 3)
-    assert not dropped(whole) and whole.history[3].clients["a"]["evaluate_loss"] > 0
+    assert not reasons(whole) and whole.history[3].clients["a"]["evaluate_loss"] > 0
     federate(owner, nodes, name, 1, run_dir=tmp_path / "run")
     client_app._networks.clear()
     parts = federate(owner, nodes, name, 3, run_dir=tmp_path / "run", resume=True)
@@ -227,7 +206,7 @@ def test_bytes_each_way(owner: ModelOwner, nodes: dict[int, Any]) -> None:
 def test_a_site_of_a_smaller_rank(owner: ModelOwner, nodes: dict[int, Any], calls: list[Call], name: str) -> None:
     nodes[501]["tune.lora-rank"] = 1
     strategy = federate(owner, nodes, name, 2)
-    assert not dropped(strategy)
+    assert not reasons(strategy)
     small = [call for call in calls if call.config.lora_rank == 1]
     assert len(small) == 2 and len(calls) == 4
     for call in small:
@@ -252,7 +231,7 @@ def test_a_site_of_a_smaller_rank(owner: ModelOwner, nodes: dict[int, Any], call
 def test_a_site_can_t_take_a_larger_rank(owner: ModelOwner, nodes: dict[int, Any]) -> None:
     nodes[501]["tune.lora-rank"] = 3
     strategy = federate(owner, nodes, "flexlora", 1)
-    assert "must lie from 1 to 2, the rank of the run" in dropped(strategy)[0]
+    assert "must lie from 1 to 2, the rank of the run" in reasons(strategy)[0]
 
 
 def test_privacy_mods(owner: ModelOwner, nodes: dict[int, Any]) -> None:
@@ -260,9 +239,9 @@ def test_privacy_mods(owner: ModelOwner, nodes: dict[int, Any]) -> None:
     inner = make_strategy("ffa-lora", **all_nodes(2), fraction_evaluate=0.0)
     base = DifferentialPrivacyClientSideFixedClipping(inner, 0.0, 0.01, 2)
     strategy = federate(owner, nodes, "", 1, base=base, app=make_client_app(train_mods=[fixedclipping_mod]))
-    assert not dropped(strategy)
+    assert not reasons(strategy)
     start, after = owner.initial_state(TUNE.lora, TUNE.seed), strategy.update().tensors
     assert all(torch.equal(start[n], after[n]) for n in start if "lora_A" in n)
     assert 0 < sum(float((after[n] - start[n]).square().sum()) for n in start) ** 0.5 <= 0.0101
     noisy = federate(owner, nodes, "flora", 1, app=make_client_app(train_mods=[LocalDpMod(1.0, 1.0, 1.0, 1e-5)]))
-    assert all("fresh LoRA factors are other tensors" in reason for reason in dropped(noisy)[:2])
+    assert all("fresh LoRA factors are other tensors" in reason for reason in reasons(noisy)[:2])

@@ -25,9 +25,9 @@ from offsite_fl.errors import ConfigError
 from offsite_fl.strategies import FFALoRA, FlexLoRA, FLoRA, OffsiteTuning, RoLoRA
 from offsite_fl.strategies.named import make_strategy
 from offsite_fl.wire.codecs import decode, encode
-from tests.flower_fakes import FakeGrid
+from tests.flower_fakes import FakeGrid, all_nodes
 
-from .conftest import StubBundle, all_nodes, run, sites
+from .conftest import StubBundle, run, sites
 
 A, B, W, NORM = "adapter.0.q.lora_A.weight", "adapter.0.q.lora_B.weight", "adapter.0.q.weight", "adapter.0.n.weight"
 START = {W: torch.tensor([[1.0, 2.0], [3.0, 4.0]]), NORM: torch.tensor([0.5])}

@@ -16,9 +16,9 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 
 from offsite_fl.errors import ConfigError
 from offsite_fl.strategies import OffsiteTuning
-from tests.flower_fakes import Adder, FakeGrid
+from tests.flower_fakes import Adder, FakeGrid, all_nodes
 
-from .conftest import FIRST, all_nodes, run, sites, wrap
+from .conftest import FIRST, run, sites, wrap
 
 SITES = 7  # Bulyan needs 4 * 1 + 3
 COMMON = {**all_nodes(SITES), "fraction_evaluate": 0.0}

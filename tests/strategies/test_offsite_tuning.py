@@ -12,9 +12,9 @@ from flwr.serverapp.strategy import FedAvg, FedMedian, FedProx
 
 from offsite_fl.config import TuneConfig
 from offsite_fl.errors import ConfigError, WireError
-from tests.flower_fakes import Adder, FakeGrid
+from tests.flower_fakes import Adder, FakeGrid, all_nodes
 
-from .conftest import FIRST, StubOwner, all_nodes, run, sites, wrap
+from .conftest import FIRST, StubOwner, run, sites, wrap
 
 
 def by_index(node: dict, server_round: int) -> float:

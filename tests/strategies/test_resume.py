@@ -24,9 +24,9 @@ from offsite_fl.config import TuneConfig
 from offsite_fl.errors import CheckpointError
 from offsite_fl.strategies import OffsiteTuning
 from offsite_fl.strategies.checkpoint import Checkpoint, existing, latest
-from tests.flower_fakes import Adder, FakeGrid
+from tests.flower_fakes import Adder, FakeGrid, all_nodes
 
-from .conftest import StubOwner, all_nodes, run, sites, wrap
+from .conftest import StubOwner, run, sites, wrap
 
 PART = {"fraction_train": 0.5, "min_train_nodes": 2, "min_evaluate_nodes": 2, "min_available_nodes": 4}
 BASES: dict[str, Callable[[], Strategy]] = {

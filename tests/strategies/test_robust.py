@@ -21,9 +21,9 @@ from offsite_fl.strategies import robust
 from offsite_fl.strategies.offsite_tuning import OffsiteTuning
 from offsite_fl.strategies.robust import Bounds, compare, cosines_to_median, medians_of_others
 from offsite_fl.strategies.screening import Screened
-from tests.flower_fakes import Adder, FakeGrid
+from tests.flower_fakes import Adder, FakeGrid, all_nodes
 
-from .conftest import FIRST, all_nodes, run, sites, wrap
+from .conftest import FIRST, run, sites, wrap
 
 VALUES = 5
 Update = Sequence[float]  # five values: four for adapter.0.w, one for adapter.1.b

@@ -14,12 +14,12 @@ from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, 
 
 from offsite_fl import local
 from offsite_fl.config import TuneConfig
-from offsite_fl.errors import ConfigError
+from offsite_fl.errors import ConfigError, WireError
 from offsite_fl.strategies import Scaffold
 from offsite_fl.strategies.named import make_strategy
-from tests.flower_fakes import Adder, FakeGrid
+from tests.flower_fakes import Adder, FakeGrid, all_nodes
 
-from .conftest import FIRST, all_nodes, run, sites, wrap
+from .conftest import FIRST, run, sites, wrap
 from .quadratics import Quadratics, far, quadratic_sites
 
 SGD = TuneConfig(optimizer="sgd")
@@ -32,7 +32,7 @@ def scaffold(count: int = 2, **options: Any) -> Scaffold:
 
 
 class Scripted:
-    """Answers with (shift of the adapter, change of the control variate) by site and round; keeps what came."""
+    """Answers with (shift of the adapter, sum of the learning rates) by site and round; keeps what came."""
 
     def __init__(self, script: dict[tuple[str, int], tuple[float, float]]) -> None:
         self.script = script
@@ -47,12 +47,10 @@ class Scripted:
         when = (site, int(config["server-round"]))  # type: ignore[arg-type]
         arrays = next(iter(message.content.array_records.values()))
         self.got[when] = {name: torch.from_numpy(array.numpy().copy()) for name, array in arrays.items()}
-        shift, change = self.script[when]
-        out = {
-            name: Array(np.full_like(array.numpy(), change) if name.startswith("control.") else array.numpy() + shift)
-            for name, array in arrays.items()
-        }
-        metrics = MetricRecord({"num-examples": int(context.node_config["examples"]), "train_loss": 1.0})
+        shift, rates = self.script[when]
+        out = {n: Array(a.numpy() + np.float32(shift)) for n, a in arrays.items() if not n.startswith("control.")}
+        told = {"num-examples": int(context.node_config["examples"]), "train_loss": 1.0, "lr_sum": rates}
+        metrics = MetricRecord(told)
         told = ConfigRecord({"client": site, "wire.codec": "fp32", "local.algorithm": "scaffold"})
         return Message(RecordDict({"arrays": ArrayRecord(out), "metrics": metrics, "config": told}), reply_to=message)
 
@@ -66,21 +64,22 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], atol: flo
 
 
 def test_two_rounds_by_hand() -> None:
-    # Round 1: x + 1/2 * mean(1, 3) = x + 1; c = mean(0.2, 0.6) = 0.4. Round 2: x + 1 + 1/2 * 4 = x + 3; c = 0.4 + 0.1.
-    client = Scripted({("a", 1): (1, 0.2), ("b", 1): (3, 0.6), ("a", 2): (4, 0.1), ("b", 2): (4, 0.1)})
+    # c_i+ - c_i = (x - y_i) / lr_sum - c. Round 1: x + 1/2 * mean(1, 3) = x + 1; c = mean(-1 / 0.5, -3 / 0.5) = -4.
+    # Round 2: x + 1 + 1/2 * 4 = x + 3; the changes are -4 / 2 + 4 = 2 and -4 / 1 + 4 = 0, so c = -4 + 1.
+    client = Scripted({("a", 1): (1, 0.5), ("b", 1): (3, 0.5), ("a", 2): (4, 2.0), ("b", 2): (4, 1.0)})
     base = scaffold(eta=0.5)
     found = run(wrap(base, tune=SGD), FakeGrid(client, sites(2, [1, 5])), 2)
     assert same(found, shifted(3.0))
     first, second = client.got["a", 1], client.got["b", 2]
     assert all(not t.any() for name, t in first.items() if name.startswith("control."))
     assert {n.removeprefix("control.") for n in first if n.startswith("control.")} == set(FIRST)
-    assert all(torch.allclose(t, torch.tensor(0.4)) for name, t in second.items() if name.startswith("control."))
-    assert all(np.allclose(value, 0.5) for value in base.control().values())
+    assert all(torch.allclose(t, torch.tensor(-4.0)) for name, t in second.items() if name.startswith("control."))
+    assert all(np.allclose(value, -3.0) for value in base.control().values())
 
 
 def test_the_control_variate_counts_the_sites_that_were_not_there() -> None:
-    # 2 of 4 reply: c = 2 / 4 * mean(0.2, 0.6) = 0.2, while x moves by the mean of the two.
-    client = Scripted({(site, 1): (2, 0.2 if site in "ac" else 0.6) for site in "abcd"})
+    # 2 of 4 reply: c = 2 / 4 * mean(-2 / 0.5, -2 / 0.25) = -3, while x moves by the mean of the two.
+    client = Scripted({(site, 1): (2, 0.5 if site in "ac" else 0.25) for site in "abcd"})
     base = scaffold(4)
     grid = FakeGrid(client, sites(4))
 
@@ -90,15 +89,15 @@ def test_the_control_variate_counts_the_sites_that_were_not_there() -> None:
 
     grid.tamper = tamper
     assert same(run(wrap(base, tune=SGD), grid), shifted(2.0))
-    assert all(np.allclose(value, 0.2) for value in base.control().values())
+    assert all(np.allclose(value, -3.0) for value in base.control().values())
 
 
 def test_by_examples() -> None:
-    # (1 * 1 + 5 * 3) / 6 = 8 / 3 and (1 * 0.2 + 5 * 0.8) / 6 = 0.7
-    client = Scripted({("a", 1): (1, 0.2), ("b", 1): (3, 0.8)})
+    # (1 * 1 + 5 * 3) / 6 = 8 / 3 and (1 * -1 / 0.5 + 5 * -3 / 0.5) / 6 = -16 / 3
+    client = Scripted({("a", 1): (1, 0.5), ("b", 1): (3, 0.5)})
     base = scaffold(by_examples=True)
     assert same(run(wrap(base, tune=SGD), FakeGrid(client, sites(2, [1, 5]))), shifted(8 / 3))
-    assert all(np.allclose(value, 0.7) for value in base.control().values())
+    assert all(np.allclose(value, -16 / 3) for value in base.control().values())
 
 
 def test_order_of_replies_and_a_single_site() -> None:
@@ -169,19 +168,83 @@ def test_resumed_rounds_equal_uninterrupted_ones(tmp_path: Path) -> None:
     assert keys == {base.run_key} and keys.isdisjoint({config["local.run"] for _, _, config, _ in whole.messages})
 
 
-def test_the_bound_on_updates_looks_at_the_adapter_alone() -> None:
-    client = Scripted({("a", 1): (0.1, 1e6), ("b", 1): (0.1, 1e6)})
-    strategy = wrap(scaffold(), tune=SGD, max_update_norm=1.0, max_norm_ratio=2.0)
-    assert same(run(strategy, FakeGrid(client, sites(2))), shifted(0.1))
-    assert not strategy.history[1].dropped
+def control_of(base: Scaffold) -> float:
+    """The largest value of c."""
+    return max((float(np.abs(value).max()) for value in base.control().values()), default=0.0)
 
 
-@pytest.mark.parametrize("change", [float("nan"), float("inf")])
-def test_a_control_variate_that_is_not_finite_is_dropped(change: float) -> None:
-    client = Scripted({("a", 1): (0.1, change), ("b", 1): (0.3, 0.1)})
-    strategy = wrap(scaffold(), tune=SGD)
-    assert same(run(strategy, FakeGrid(client, sites(2))), shifted(0.3))
-    assert "'control.adapter.0.w' has values that aren't finite" in strategy.history[1].dropped[0].reason
+def test_nothing_travels_up_beside_the_adapter() -> None:
+    """What a site would claim of its control variate isn't asked for: such a reply isn't in the form of the run."""
+
+    def tamper(reply: Message) -> Message:
+        if reply.metadata.message_type == "train" and reply.content["config"]["client"] == "a":
+            arrays = reply.content["arrays"]
+            for name in list(arrays):
+                arrays["control." + name] = Array(np.full_like(arrays[name].numpy(), 1e6))
+        return reply
+
+    base = scaffold()
+    strategy = wrap(base, tune=SGD)
+    client = Scripted({("a", 1): (0.1, 0.5), ("b", 1): (0.3, 0.5)})
+    assert same(run(strategy, FakeGrid(client, sites(2), tamper)), shifted(0.3))
+    assert "2 unknown tensors: 'control.adapter" in strategy.history[1].dropped[0].reason
+    assert control_of(base) == pytest.approx(0.5 * 0.3 / 0.5, rel=1e-5)  # one of two sites
+
+
+def test_the_bounds_on_updates_hold_the_control_variate_too() -> None:
+    # The five values of FIRST: a shift of 1e6 is dropped, one of 1 scaled down to the norm 0.1, so by sqrt(5) * 10.
+    script = {("a", 1): (1e6, 0.5), ("b", 1): (0.04, 0.5), ("c", 1): (1.0, 0.5)}
+    base = scaffold(3)
+    strategy = wrap(base, tune=SGD, max_update_norm=3.0, clip_update_norm=0.1)
+    run(strategy, FakeGrid(Scripted(script), sites(3)))
+    assert [dropped.node for dropped in strategy.history[1].dropped] == ["a"]
+    assert control_of(base) == pytest.approx((0.04 + 0.1 / 5**0.5) / 0.5 / 3, rel=1e-4)
+
+
+@pytest.mark.parametrize("rates", [0.0, -1.0, float("nan"), float("inf"), 1e-7, 1e7])
+def test_a_claimed_sum_of_learning_rates_is_held_to_the_others(rates: float) -> None:
+    script = {(site, 1): (0.1, 0.5) for site in "bc"} | {("a", 1): (0.1, rates)}
+    base = scaffold(3)
+    strategy = wrap(base, tune=SGD)
+    assert same(run(strategy, FakeGrid(Scripted(script), sites(3))), shifted(0.1))
+    (dropped,) = strategy.history[1].dropped
+    assert dropped.node == "a" and "lr_sum" in dropped.reason
+    assert control_of(base) == pytest.approx(2 / 3 * 0.1 / 0.5, rel=1e-4)
+
+
+def test_an_aggregate_that_is_not_finite_leaves_the_control_variate_as_it_was() -> None:
+    script = {(site, 1): (0.1, 0.5) for site in "ab"} | {(site, 2): (3e38, 0.5) for site in "ab"}
+    base = scaffold()
+    strategy = wrap(base, tune=SGD)
+    run(strategy, FakeGrid(Scripted(script), sites(2)), 2)
+    assert strategy.history[2].skipped and control_of(base) == pytest.approx(0.2, rel=1e-4)
+
+
+def test_a_control_variate_beyond_fp32_is_refused() -> None:
+    """Each change is finite, and so is the new x; only the sum of the changes isn't."""
+    base = scaffold()
+    base.current = ArrayRecord({"w": Array(np.zeros(1, np.float32))})
+    kept = {"w": np.full(1, 2e38)}
+    base.control_sum = kept
+    replies = []
+    for _ in range(2):
+        arrays = ArrayRecord({"w": Array(np.ones(1, np.float32)), "control.w": Array(np.full(1, 1e38, np.float32))})
+        content = RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 1})})
+        replies.append(Message(content, 1, "train"))
+    with pytest.raises(WireError, match="control variate of 'w' would have values that aren't finite"):
+        base.aggregate_train(1, replies)
+    assert base.control_sum is kept
+
+
+@pytest.mark.parametrize("codec", ["fp16", "bf16", "int8"])
+def test_the_mean_of_the_sites_holds_under_codecs(codec: str) -> None:
+    """Server and sites read the change off the same rounded values, so c stays the mean of what the sites keep."""
+    client = Quadratics()
+    base = scaffold()
+    run(wrap(base, tune=SGD, codec=codec), FakeGrid(client, CURVED), 5)
+    for name, value in base.control().items():
+        kept = [client.states[str(base.run_key), site, 5][name] for site in "ab"]
+        assert np.allclose(value, (kept[0] + kept[1]).numpy() / 2, rtol=0, atol=1e-5)
 
 
 def test_clients_that_know_nothing_of_it_are_dropped_with_the_reason() -> None:

@@ -11,9 +11,9 @@ from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
 from offsite_fl.wire import names
-from tests.flower_fakes import Adder, FakeGrid
+from tests.flower_fakes import Adder, FakeGrid, all_nodes
 
-from .conftest import FIRST, all_nodes, run, sites, wrap
+from .conftest import FIRST, run, sites, wrap
 
 Spoil = Callable[[Message], "Message | list[Message] | None"]
 

@@ -19,7 +19,7 @@ from offsite_fl.models.network import place_blocks
 from offsite_fl.models.split import Split
 from offsite_fl.owner import ModelOwner
 from offsite_fl.patch import Patch
-from offsite_fl.tuning.emulator_lora import EmulatorLora
+from offsite_fl.tuning.emulator_lora import EmulatorLora, emulator_factors
 from tests.conftest import make_pico, make_tokenizer
 
 OPTIONS = LoraOptions(2, 6.0)
@@ -152,6 +152,27 @@ def test_what_does_not_fit_is_refused_and_leaves_the_emulator_bare(made: Callabl
         assert owner.patch_digest is None
     with pytest.raises(UpdateError, match="the patch is for bundle ffffffffffff"):
         owner.patch(Patch(factors, "f" * 64, OPTIONS))
+
+
+@pytest.mark.parametrize("emulator", ["layer-drop:keep=2", "low-rank:keep=0.5+quantize:bits=8"])
+def test_shapes_are_known_before_any_factor_is_made(emulator: str, made: Callable[[str, str], DataOwner]) -> None:
+    owner = made("llama", emulator)
+    for options in (OPTIONS, LoraOptions(5, targets=("q_proj",))):
+        lora = EmulatorLora(owner.model, owner.plan, options)
+        expected = {name: tuple(p.shape) for name, p in lora.parameters.items()}
+        lora.remove()
+        assert list(emulator_factors(owner.model, owner.plan, options).items()) == list(expected.items())
+    huge = emulator_factors(owner.model, owner.plan, LoraOptions(2**40))
+    assert huge["emulator.0.self_attn.q_proj.lora_A.weight"] == (2**40, 32)
+
+
+def test_a_patch_takes_no_memory_for_a_rank_that_it_only_names(made: Callable[[str, str], DataOwner]) -> None:
+    owner = made("llama", "layer-drop:keep=2")
+    names = emulator_factors(owner.model, owner.plan, OPTIONS)
+    for tensors, message in (({}, "missing LoRA factor"), ({n: torch.zeros(1, 1) for n in names}, "has shape")):
+        with pytest.raises(UpdateError, match=message):
+            owner.patch(Patch(tensors, owner.bundle.digest, LoraOptions(2**40)))
+    assert owner.patch_digest is None
 
 
 def test_targets_and_dropout(made: Callable[[str, str], DataOwner]) -> None:

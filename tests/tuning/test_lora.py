@@ -1,5 +1,7 @@
 """LoRA goes in, comes out, merges, and leaves no trace."""
 
+import copy
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from offsite_fl.errors import ConfigError, UpdateError
 from offsite_fl.tuning.lora import (
     add_lora,
     added,
+    check_rank,
     expected_factors,
     first_components,
     merge_lora,
@@ -25,6 +28,29 @@ def ends(model):
 def filled(lora, seed=3):
     generator = torch.Generator().manual_seed(seed)
     return {n: torch.randn(t.shape, generator=generator) * 0.1 for n, t in lora.tensors().items()}
+
+
+def test_shapes_are_known_before_any_factor_is_made(pico, family):
+    model = pico(family)
+    lora = add_lora(ends(model), LoraOptions(rank=3))
+    made = [(name, tuple(p.shape)) for name, p in lora.parameters().items()]
+    lora.remove()
+    assert list(expected_factors(ends(model), LoraOptions(rank=3)).items()) == made
+    assert {shape[0] for name, shape in expected_factors(ends(model), LoraOptions(2**40)).items() if "_A" in name} == {
+        2**40
+    }
+
+
+def test_a_rank_is_bounded_by_the_largest_linear():
+    shapes = {
+        "q.lora_A.weight": (4, 9),
+        "q.lora_B.weight": (4, 4),
+        "v.lora_A.weight": (4, 2),
+        "v.lora_B.weight": (9, 4),
+    }
+    check_rank(shapes)
+    with pytest.raises(ConfigError, match=r"lora-rank = 5 is more than .*: set it to 4 or less"):
+        check_rank({name: (5, s[1]) if "_A" in name else (s[0], 5) for name, s in shapes.items()})
 
 
 def test_in_load_merge_and_out_again(pico, family, pico_batch):
@@ -77,11 +103,10 @@ def test_merge_is_base_plus_scaled_product(pico_llama):
 
 def test_conv1d_counts_as_linear(pico):
     model = pico("gpt2")
-    shapes = expected_factors(ends(model), LoraOptions(rank=2))
+    lora = add_lora(ends(model), LoraOptions(rank=2))
+    shapes = {name: tuple(tensor.shape) for name, tensor in lora.tensors().items()}
     assert shapes["adapter.0.attn.c_attn.lora_A.weight"] == (2, 32)
     assert shapes["adapter.0.attn.c_attn.lora_B.weight"] == (96, 2)
-    lora = add_lora(ends(model), LoraOptions(rank=2))
-    assert {n: tuple(t.shape) for n, t in lora.tensors().items()} == shapes
     assert len(shapes) == 2 * 4 * 2  # blocks x linears (c_attn, c_proj, c_fc, c_proj) x factors
 
 
@@ -148,9 +173,9 @@ def test_added_to_plain_values_as_peft_merges(pico, family):
     live = {f"adapter.{k}.{n}": p for k, block in blocks.items() for n, p in block.named_parameters()}
     values = {name: p.detach().clone() for name, p in live.items()}
     before = {name: value.clone() for name, value in values.items()}
-    shapes = expected_factors(blocks, options)
+    fresh = add_lora(copy.deepcopy(blocks), options).tensors()
     generator = torch.Generator().manual_seed(3)
-    factors = {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes.items()}
+    factors = {name: torch.randn(value.shape, generator=generator) * 0.1 for name, value in fresh.items()}
     found = added(values, factors, target_weights(blocks, options), 6.0 / 3)
     expected = merge_lora(blocks, factors, options)
     assert found.keys() == expected.keys()
