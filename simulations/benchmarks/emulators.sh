@@ -6,14 +6,16 @@
 #     sh simulations/benchmarks/emulators.sh all        # SmolLM2: every training-free method, one seed: half an hour on 2 cores
 #     sh simulations/benchmarks/emulators.sh few        # SmolLM2: the best four and the controls with three seeds
 #     sh simulations/benchmarks/emulators.sh trained    # SmolLM2: the methods that train, one seed
+#     sh simulations/benchmarks/emulators.sh ours       # SmolLM2: what this project adds to the papers, one seed
 #     sh simulations/benchmarks/emulators.sh pico 30%   # the small model: every method, three seeds; half an hour
+#     sh simulations/benchmarks/emulators.sh pico-ours  # the small model: what this project adds, three seeds
 set -eu
 cache="${OFFSITE_FL_CACHE:-$HOME/.cache/offsite-fl}"
 default="low-rank:keep=0.975,targets=q_proj/k_proj/v_proj/o_proj+quantize:bits=4,group=0"
 set_of="${1:-all}" budget="${2:-50%}" seeds=3 full=
 case "$set_of" in
-all | trained) seeds=1 full=--full-fine-tuning ;;
-pico) full="--full-fine-tuning --full-lr 1e-3 --full-lr 2e-3" ;;
+all | trained | ours) seeds=1 full=--full-fine-tuning ;;
+pico*) full="--full-fine-tuning --full-lr 1e-3 --full-lr 2e-3" ;;
 esac
 case "$set_of" in
 all | pico)
@@ -31,8 +33,17 @@ trained)
     set -- "layer-drop:{keep}+distill:steps=40" "scaleot:{keep},steps=40" "smooth:{keep},mode=train,steps=24" \
         "low-rank:{keep}+loss-margin:steps=16"
     ;;
+ours)
+    set -- "prune:{keep},mode=structured+align:where=all" "gradot:{keep}+align:where=all" \
+        "layer-drop:{keep}+align:where=all" "gradient-match:{keep}"
+    ;;
+pico-ours)
+    set -- "layer-drop:{keep}+align:where=all" "gradot:{keep}+align:where=all" "prune:{keep},mode=structured+align:where=all" \
+        "crash:{keep}+align:where=all" "gradient-match:{keep}" "gradient-match:{keep}+align:where=all" \
+        "gradient-match:{keep}+distill:steps=100,w-grad=10"
+    ;;
 *)
-    echo "usage: $0 [all|few|trained|pico [BUDGET]]" >&2
+    echo "usage: $0 [all|few|trained|ours|pico|pico-ours [BUDGET]]" >&2
     exit 2
     ;;
 esac
@@ -44,8 +55,8 @@ for spec; do
     set -- "$@" --candidate "$spec"
     shift
 done
-if [ "$set_of" = pico ]; then
-    texts="$cache/quickstart-bible" out="runs/choose-pico-${budget%\%}"
+if [ "$set_of" != "${set_of#pico}" ]; then
+    texts="$cache/quickstart-bible" out="runs/choose-$set_of-${budget%\%}"
     set -- "$cache/pico" "$@" --held-out-tokens 4096 --test-tokens 8192 --steps 32 --batch-size 16 --lr 1e-3
     owners="wisdom prophets gospels letters"
 else
