@@ -6,6 +6,7 @@ Plain ``flwr run`` leaves a detached SuperLink behind for the next run. Scripts 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -18,6 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil  # type: ignore[import-untyped,unused-ignore]
 
 from offsite_fl.errors import OffsiteError
 
@@ -159,7 +162,12 @@ def module_path(folder: Path) -> dict[str, str]:
 
 
 def stop_group(process: subprocess.Popen[bytes], patience: float = 10.0) -> None:
-    """End a process that leads its own session, and everything in it, by group id."""
+    """End a process that leads its own session, everything in it by group id, and whatever else it had started.
+
+    A SuperLink gives each run a session of its own, so its group alone would leave the run of an interrupted command
+    behind, with all that Ray has started for it.
+    """
+    below = _descendants(process.pid)
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -170,3 +178,17 @@ def stop_group(process: subprocess.Popen[bytes], patience: float = 10.0) -> None
         except subprocess.TimeoutExpired:
             continue
     process.wait(patience)
+    for left in below:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left.terminate()
+    for left in psutil.wait_procs(below, timeout=patience)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left.kill()
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    try:
+        found: list[psutil.Process] = psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+    return found
