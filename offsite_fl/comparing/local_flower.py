@@ -181,9 +181,11 @@ def stop_group(process: subprocess.Popen[bytes], patience: float = 10.0) -> None
     for left in below:
         with contextlib.suppress(psutil.NoSuchProcess):
             left.terminate()
-    for left in psutil.wait_procs(below, timeout=patience)[1]:
+    deaf = psutil.wait_procs(below, timeout=patience)[1]
+    for left in deaf:
         with contextlib.suppress(psutil.NoSuchProcess):
             left.kill()
+    psutil.wait_procs(deaf, timeout=patience)
 
 
 def _descendants(pid: int) -> list[psutil.Process]:
