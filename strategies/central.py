@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -12,7 +13,8 @@ from offsite_fl.config import LoraOptions
 from offsite_fl.evaluation.rows import Row
 from offsite_fl.patch import Patch
 
-PLUG_IN_LOSS, EMULATOR_LOSS = "plug_in_loss", "emulator_loss"
+PLUG_IN, EMULATOR = "plug_in", "emulator"
+_FIELDS = tuple(field.name for field in dataclasses.fields(Row))
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
@@ -36,10 +38,12 @@ def central_evaluation(
     every: int = 1,
     patch: Callable[[], Patch | None] | None = None,
 ) -> EvaluateFn:
-    """An ``evaluate_fn`` for ``start()``: losses of plug-in and emulator in nats per token.
+    """An ``evaluate_fn`` for ``start()``: the rows of plug-in and emulator, in whatever ``measure`` measures.
 
-    ``every`` is the number of rounds between two evaluations, counted from round 0. The metrics' names are what
-    :class:`OffsiteTuning` puts into the round's record, and so into the curves of the report. ``patch`` gives what is
+    A row in loss becomes the metrics ``plug_in_loss`` and ``emulator_loss`` in nats per token, one in accuracy
+    ``plug_in_accuracy`` and ``emulator_accuracy`` in [0, 1]. ``every`` is the number of rounds between two evaluations,
+    counted from round 0. The metrics' names are what :class:`OffsiteTuning` puts into the round's record
+    (:func:`row_of`), and so into the curves of the report. ``patch`` gives what is
     on the data owners' emulators at the time: ``lambda: strategy.patch``.
     """
 
@@ -49,7 +53,24 @@ def central_evaluation(
         if patch is not None:
             measure.use_patch(patch())
         tensors = {name: torch.from_numpy(array.numpy().copy()) for name, array in arrays.items()}
-        rows = {PLUG_IN_LOSS: measure.plug_in(tensors, lora), EMULATOR_LOSS: measure.emulator_tuned(tensors, lora)}
-        return MetricRecord({name: float(row.loss) for name, row in rows.items() if row.loss is not None})
+        rows = {PLUG_IN: measure.plug_in(tensors, lora), EMULATOR: measure.emulator_tuned(tensors, lora)}
+        return MetricRecord(
+            {
+                f"{name}_{field}": float(value)
+                for name, row in rows.items()
+                for field in _FIELDS
+                if (value := getattr(row, field)) is not None
+            }
+        )
 
     return evaluate
+
+
+def row_of(metrics: Mapping[str, object], name: str) -> Row | None:
+    """The row ``name`` that an ``evaluate_fn`` reported, as :func:`central_evaluation` writes it; None without one.
+
+    A loss counts where there are both: curves and rows of a run hold one measure.
+    """
+    known = {field: metrics.get(f"{name}_{field}") for field in _FIELDS}
+    found = {field: float(value) for field, value in known.items() if isinstance(value, int | float)}
+    return Row(loss=found["loss"]) if "loss" in found else Row(**found) if "accuracy" in found else None

@@ -16,12 +16,11 @@ from offsite_fl.bundle import Bundle
 from offsite_fl.config import TuneConfig, check, from_mapping
 from offsite_fl.data.fingerprints import Fingerprints
 from offsite_fl.data.sources import Source
-from offsite_fl.errors import ConfigError
 from offsite_fl.patch import Patch
 from offsite_fl.wire import names
 
 from .journal import log
-from .preset import Preset
+from .preset import Preset, Setup
 
 if TYPE_CHECKING:
     from offsite_fl.owner import ModelOwner
@@ -40,6 +39,9 @@ class FedBiOT(Preset):
     Args:
         epsilon: weight of the clients' proximal term, without a factor 1/2.
         lambda_kl: weight of the KL divergence in the alignment; 0 computes no outputs.
+        kl_temperature: what its logits are divided by; the divergence is multiplied by the square of it.
+        hidden: error of the hidden state that is aligned: "normalised", "cosine" or "layerwise"
+            (:class:`~offsite_fl.alignment.AlignmentOptions`).
         first_steps: alignment steps before round 1.
         align_steps: alignment steps before a later broadcast.
         realign: every how many rounds that is done; 0: only before round 1; -1: never, and no patch travels.
@@ -74,6 +76,8 @@ class FedBiOT(Preset):
         align_rank: int = 8,
         align_alpha: float = 16.0,
         align_targets: str = "",
+        kl_temperature: float = 1.0,
+        hidden: str = "normalised",
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -85,6 +89,7 @@ class FedBiOT(Preset):
         self.first_steps, self.align_steps, self.realign, self.placement = first_steps, align_steps, realign, placement
         self.align_lr, self.align_optimizer, self.align_batch = align_lr, align_optimizer, align_batch
         self.align_rank, self.align_alpha, self.align_targets = align_rank, align_alpha, align_targets
+        self.kl_temperature, self.hidden = kl_temperature, hidden
         self._alignment(128, 0)  # a wrong option fails here, not in round 1
         self.public_digest = ""
         self.aligner: Aligner | None = None
@@ -94,6 +99,8 @@ class FedBiOT(Preset):
     def _alignment(self, block_size: int, seed: int) -> AlignmentOptions:
         given = {
             "lambda-kl": self.lambda_kl,
+            "kl-temperature": self.kl_temperature,
+            "hidden": self.hidden,
             "rank": self.align_rank,
             "alpha": self.align_alpha,
             "targets": tuple(filter(None, self.align_targets.split("/"))),
@@ -105,24 +112,24 @@ class FedBiOT(Preset):
         }
         return from_mapping(AlignmentOptions, given)
 
-    def meet(self, owner: ModelOwner, bundle: Bundle, tune: TuneConfig, public: Source | None) -> None:
-        """See :class:`Preset`; opens the emulator and the public text."""
-        adapter, depth = owner.adapter_indices, owner.blocks.depth
+    def fits(self, setup: Setup) -> None:
+        """See :class:`Preset`."""
+        adapter, depth, mu = setup.adapter, setup.depth, setup.tune.proximal_mu
         check(
             self.placement == "any" or adapter == tuple(range(depth - len(adapter), depth)),
-            f"fedbiot tunes the last blocks, but the split is {owner.split}: set it to 0-2, or take "
+            f"fedbiot tunes the last blocks, but the split is {setup.split}: set it to 0-2, or take "
             "fedbiot:placement=any",
         )
+        check(mu == 0, f"fedbiot sets the proximal term by its epsilon: leave out tune.proximal-mu = {mu:g}")
         check(
-            tune.proximal_mu == 0,
-            f"fedbiot sets the proximal term by its epsilon: leave out tune.proximal-mu = {tune.proximal_mu:g}",
+            setup.public or self.realign < 0,
+            "fedbiot aligns the emulator on public text: give it as public, or take fedbiot:realign=-1",
         )
-        if self.realign < 0:
+
+    def meet(self, owner: ModelOwner, bundle: Bundle, tune: TuneConfig, public: Source | None) -> None:
+        """See :class:`Preset`; opens the emulator and the public text."""
+        if self.realign < 0 or public is None:
             return
-        if public is None:
-            raise ConfigError(
-                "fedbiot aligns the emulator on public text: give it as public, or take fedbiot:realign=-1"
-            )
         self.aligner = Aligner(owner, public, self._alignment(tune.block_size, tune.seed), bundle)
         self._public = self.aligner.public()
         self.public_digest = hashlib.sha256(self._public.tobytes()).hexdigest()

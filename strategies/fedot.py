@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from offsite_fl.bundle import Bundle
-from offsite_fl.config import TuneConfig, check
-from offsite_fl.data.sources import Source
+from offsite_fl.config import check
 
-from .preset import Preset
-
-if TYPE_CHECKING:
-    from offsite_fl.owner import ModelOwner
+from .preset import Preset, Setup
 
 DISTILLED = ("distill", "scaleot")  # the methods that train an emulator towards the full middle
 
@@ -30,19 +25,18 @@ class FedOT(Preset):
         check(placement in ("both-ends", "any"), f"fedot: placement must be both-ends or any, got {placement!r}")
         self.placement, self.distilled = placement, distilled
 
-    def meet(self, owner: ModelOwner, bundle: Bundle, tune: TuneConfig, public: Source | None) -> None:
+    def fits(self, setup: Setup) -> None:
         """See :class:`Preset`."""
-        adapter, depth = owner.adapter_indices, owner.blocks.depth
-        middle = owner.split.middle(depth)
-        ends = {0, depth - 1} <= set(adapter) and middle[-1] - middle[0] + 1 == len(middle)
+        middle = setup.split.middle(setup.depth)
+        ends = {0, setup.depth - 1} <= set(setup.adapter) and middle[-1] - middle[0] + 1 == len(middle)
         check(
             self.placement == "any" or ends,
-            f"fedot tunes the first and the last blocks, but the split is {owner.split}: set it to 2-2, or take "
+            f"fedot tunes the first and the last blocks, but the split is {setup.split}: set it to 2-2, or take "
             "fedot:placement=any",
         )
-        methods = [part.partition(":")[0].strip() for part in owner.emulator.split("+")]
+        methods = [part.partition(":")[0].strip() for part in setup.emulator.split("+")]
         check(
             not self.distilled or any(method in DISTILLED for method in methods),
-            f"fedot's emulator is distilled once, but this one is {owner.emulator!r}: add +distill to it, or take "
+            f"fedot's emulator is distilled once, but this one is {setup.emulator!r}: add +distill to it, or take "
             "fedot:distilled=false",
         )

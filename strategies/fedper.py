@@ -10,6 +10,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord
 from offsite_fl import local
 from offsite_fl.errors import ConfigError
 from offsite_fl.local.algorithm import LocalAlgorithm
+from offsite_fl.models.head import is_head
 
 from .local_strategy import LocalStrategy
 
@@ -17,9 +18,10 @@ from .local_strategy import LocalStrategy
 class FedPer(LocalStrategy):
     """FedPer: the adapter blocks in the slots ``personal`` never leave the sites (arXiv 1912.00818).
 
-    The other blocks are averaged by examples, as under FedAvg. Personal blocks travel neither way, so the run's result
-    and the plug-in hold their initial values: the plug-in is the shared part alone, and what a site itself has is told
-    by the sites' evaluation. See :class:`offsite_fl.local.FedPer` for what a site does.
+    The other blocks, and the head where one is trained, are averaged by examples, as under FedAvg. Personal blocks
+    travel neither way, so the run's result and the plug-in hold their initial values: the plug-in is the shared part
+    alone, and what a site itself has is told by the sites' evaluation. See :class:`offsite_fl.local.FedPer` for what a
+    site does.
 
     personal
         Slots, several with a slash between them as in ``0/3``; ``last`` is the highest, next to the head.
@@ -43,17 +45,19 @@ class FedPer(LocalStrategy):
 
     def part(self, reference: Iterable[str]) -> local.FedPer:
         """See :class:`LocalStrategy`."""
-        there = sorted({int(name.split(".")[1]) for name in reference})
+        names = list(reference)
+        there = sorted({int(name.split(".")[1]) for name in names if not is_head(name)})
+        head = any(is_head(name) for name in names)
         if self.personal == "last":
-            return self._leaving_some((there[-1],), there)
+            return self._leaving_some((there[-1],), there, head)
         asked = self.personal.split("/")
         if not all(slot.isdecimal() and int(slot) in there for slot in asked):
             known = ", ".join(map(str, there))
             raise ConfigError(f"fedper:personal={self.personal} must be last or slots of the adapter; it has {known}")
-        return self._leaving_some(tuple(sorted({int(slot) for slot in asked})), there)
+        return self._leaving_some(tuple(sorted({int(slot) for slot in asked})), there, head)
 
-    def _leaving_some(self, personal: tuple[int, ...], there: list[int]) -> local.FedPer:
-        if set(personal) == set(there):
+    def _leaving_some(self, personal: tuple[int, ...], there: list[int], head: bool) -> local.FedPer:
+        if set(personal) == set(there) and not head:
             raise ConfigError(f"fedper:personal={self.personal} leaves no adapter block to share; it has {len(there)}")
         return local.FedPer(personal)
 

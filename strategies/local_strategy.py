@@ -17,7 +17,7 @@ from offsite_fl.local.algorithm import LocalAlgorithm
 from offsite_fl.wire import names
 
 from .outgoing import Form
-from .snapshot import nested
+from .snapshot import nested_of
 
 
 class LocalStrategy(FedAvg):
@@ -72,7 +72,7 @@ def forms(base: Strategy, form: Form) -> tuple[Form, Form]:
 
     Both are ``form`` itself unless ``base`` is, or wraps, a :class:`LocalStrategy`.
     """
-    found = next((strategy for strategy in nested(base) if isinstance(strategy, LocalStrategy)), None)
+    found = next(iter(nested_of(base, LocalStrategy)), None)
     if found is None:
         return form, form
     part = found.part(form.reference)

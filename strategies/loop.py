@@ -15,10 +15,9 @@ from flwr.serverapp.strategy import Result
 from offsite_fl.errors import CheckpointError
 from offsite_fl.evaluation.ledger import Ledger
 from offsite_fl.evaluation.rounds import RoundRecord
-from offsite_fl.evaluation.rows import Row
 
 from . import snapshot
-from .central import EMULATOR_LOSS, PLUG_IN_LOSS, EvaluateFn
+from .central import EMULATOR, PLUG_IN, EvaluateFn, row_of
 from .checkpoint import Checkpoint, check_settings, check_unused, latest
 from .journal import log
 from .rng import rng_state, set_rng_state
@@ -51,12 +50,14 @@ def run(strategy: OffsiteTuning, grid: Grid, plan: Plan) -> Result:
     if done is None:
         strategy.history[:] = [RoundRecord(0)]
         _evaluate_server(strategy, result, plan, 0)
+        _tell(strategy)
         first = 1
     else:
         first = done.round + 1
         if done.phase == "trained":
             _evaluate(strategy, grid, result, plan, done.round)
             _save(strategy, result, done.round, "done")
+            _tell(strategy)
     for server_round in range(first, plan.num_rounds + 1):
         log.info("")
         log.info("[ROUND %s/%s]", server_round, plan.num_rounds)
@@ -71,9 +72,15 @@ def run(strategy: OffsiteTuning, grid: Grid, plan: Plan) -> Result:
         _evaluate(strategy, grid, result, plan, server_round)
         strategy.history[-1].seconds = time.monotonic() - started
         _save(strategy, result, server_round, "done")
+        _tell(strategy)
     log.info("")
     log.info("Strategy execution finished in %.2fs", time.monotonic() - began)
     return result
+
+
+def _tell(strategy: OffsiteTuning) -> None:
+    if strategy.on_round is not None:
+        strategy.on_round(strategy.history[-1])
 
 
 def _copy(config: ConfigRecord | None) -> ConfigRecord:
@@ -110,18 +117,13 @@ def _evaluate_server(strategy: OffsiteTuning, result: Result, plan: Plan, server
         return
     result.evaluate_metrics_serverapp[server_round] = metrics
     record = strategy.history[-1]
-    record.plug_in = _row(metrics, PLUG_IN_LOSS) or record.plug_in
-    record.emulator = _row(metrics, EMULATOR_LOSS) or record.emulator
+    record.plug_in = row_of(metrics, PLUG_IN) or record.plug_in
+    record.emulator = row_of(metrics, EMULATOR) or record.emulator
 
 
 def _fresh(arrays: ArrayRecord) -> ArrayRecord:
     """A record of its own for foreign code, which may take arrays out of it."""
     return ArrayRecord(dict(arrays))
-
-
-def _row(metrics: MetricRecord, name: str) -> Row | None:
-    value = metrics.get(name)
-    return Row(loss=float(value)) if isinstance(value, (int, float)) else None
 
 
 # Checkpoints ---------------------------------------------------------------------------------------------------

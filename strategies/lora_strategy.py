@@ -17,7 +17,7 @@ from offsite_fl.tuning.lora import check_rank
 from offsite_fl.wire import names
 from offsite_fl.wire.replies import FreshFactors
 
-from .snapshot import nested
+from .snapshot import nested_of
 
 if TYPE_CHECKING:
     from offsite_fl.owner import ModelOwner
@@ -49,7 +49,7 @@ class LoraStrategy(FedAvg):
 
 def settled(tune: TuneConfig, base: Strategy) -> TuneConfig:
     """``tune`` as the LoRA strategy in ``base``, if there is one, needs it; ``ConfigError`` if the two don't go."""
-    found = next((strategy for strategy in nested(base) if isinstance(strategy, LoraStrategy)), None)
+    found = next(iter(nested_of(base, LoraStrategy)), None)
     if found is None:
         return tune
     name = type(found).__name__

@@ -6,7 +6,7 @@ that no reply ends the run. It goes outside of Flower's privacy wrappers: ``Offs
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,6 +114,8 @@ class OffsiteTuning(Strategy):
         Seconds to wait for each message of the bundle's delivery.
     progress
         Log the messages of a delivery.
+    on_round
+        Is told of each round's record when all of the round is done, round 0 included, as a tracker wants it.
     """
 
     def __init__(
@@ -138,6 +140,7 @@ class OffsiteTuning(Strategy):
         keep_checkpoints: int | None = 3,
         delivery_timeout: float = 3600.0,
         progress: bool = True,
+        on_round: Callable[[RoundRecord], None] | None = None,
     ) -> None:
         check(min_results >= 1, f"min-results must be at least 1, got {min_results}")
         check(keep_checkpoints is None or keep_checkpoints >= 1, "keep-checkpoints must be at least 1")
@@ -163,6 +166,7 @@ class OffsiteTuning(Strategy):
             check(not compared, f"{compared} can't go with streaming: it needs all replies of a round at once")
         self.run_dir = Path(run_dir) if run_dir is not None else None
         self.resume, self.keep_checkpoints = resume, keep_checkpoints
+        self.on_round = on_round
         self.journal = Journal()
         self.delivery = Delivery(found, self.journal, delivery_timeout, progress=progress)
         self.patching = Patching.of(base, self.journal, delivery_timeout, self.delivery.forget)

@@ -23,7 +23,7 @@ from offsite_fl.wire.patches import make_patch
 from .exchange import Answer, NoAnswer, ask, config_of
 from .fedbiot import FedBiOT
 from .journal import Journal, log
-from .snapshot import nested
+from .snapshot import nested_of
 
 
 @dataclass
@@ -42,8 +42,7 @@ class Patching:
     @classmethod
     def of(cls, base: Strategy, journal: Journal, timeout: float, lost: Callable[[int], None]) -> Patching:
         """For what is in ``base``."""
-        found = next((strategy for strategy in nested(base) if isinstance(strategy, FedBiOT)), None)
-        return cls(found, journal, timeout, lost)
+        return cls(next(iter(nested_of(base, FedBiOT)), None), journal, timeout, lost)
 
     @property
     def patch(self) -> Patch | None:

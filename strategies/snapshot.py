@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from flwr.serverapp.strategy import Strategy
 from offsite_fl.errors import CheckpointError
 
 Arrays = dict[str, npt.NDArray[Any]]
+S = TypeVar("S")
 # Where an operator may change his mind between two parts of a run.
 FREE_TO_CHANGE = frozenset({"min_available_nodes"})
 
@@ -82,6 +83,12 @@ def nested(strategy: Strategy) -> list[Strategy]:
     """The strategy and all that it wraps, the outermost first."""
     inner = [value for value in vars(strategy).values() if isinstance(value, Strategy)]
     return [strategy, *(found for each in inner for found in nested(each))]
+
+
+def nested_of(strategy: Strategy, kind: Callable[..., S]) -> list[S]:
+    """Those of :func:`nested` that are of a ``kind``: a class, abstract ones too, which ``type[S]`` would leave out."""
+    wanted = cast(type[S], kind)
+    return [found for found in nested(strategy) if isinstance(found, wanted)]
 
 
 def _shallow(value: Any) -> Any:

@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import Strategy
 from offsite_fl.config import check
 from offsite_fl.errors import WireError
 
-from .snapshot import nested
+from .snapshot import nested_of
 
 LR_SUM, STEPS = "lr_sum", "steps"
 DEFAULT_FACTOR = 10.0
@@ -47,7 +47,7 @@ class Work:
     @classmethod
     def of(cls, base: Strategy) -> Work | None:
         """The bound of the first strategy in ``base``, alone or inside a wrapper, that has one."""
-        found = next((strategy for strategy in nested(base) if isinstance(strategy, OfWork)), None)
+        found = next(iter(nested_of(base, OfWork)), None)
         return None if found is None else cls(found.work_keys, found.work_factor)
 
     def check(self, metrics: Mapping[str, object]) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offsite_fl.alignment.losses import kl_of_logits
+from offsite_fl.alignment.losses import cosine_error, kl_of_logits
 from offsite_fl.alignment.options import AlignmentOptions
+from offsite_fl.alignment.pairs import paired
 from offsite_fl.alignment.passes import passed
 from offsite_fl.bundle import Bundle
 from offsite_fl.data.examples import to_examples
@@ -24,8 +25,6 @@ from offsite_fl.emulators.distill import relative_error
 from offsite_fl.emulators.student import evaluating
 from offsite_fl.errors import OffsiteError, UpdateError
 from offsite_fl.evaluation.loss import causal_nll
-from offsite_fl.models.blocks import block_list
-from offsite_fl.models.network import place_blocks
 from offsite_fl.owner import ModelOwner
 from offsite_fl.patch import Patch
 from offsite_fl.tuning.emulator_lora import EmulatorLora
@@ -51,8 +50,8 @@ class Aligner:
     With the current adapter A in both networks, a step lowers
     ``||h - h*||^2 / ||h*||^2 + lambda_kl * KL(M(A u E*; x) || M(A u E; x))``: h is the hidden state behind the emulator
     E, h* the one behind the full middle E*, both over the tokens that aren't padding; the second term compares what the
-    whole networks predict next. A stays as it is, and so do the emulator's own weights: what is learned lies in the
-    factors, which :attr:`patch` hands over.
+    whole networks predict next. ``options.hidden`` puts another error in the place of the first term. A stays as it is,
+    and so do the emulator's own weights: what is learned lies in the factors, which :attr:`patch` hands over.
 
     A step takes one forward pass of the full model and one of the emulated network. Batches go on from call to call
     through the public examples, each epoch in another order; the optimiser goes on too, so its state belongs to
@@ -89,10 +88,7 @@ class Aligner:
         for parameter in self.factors.parameters.values():
             parameter.requires_grad_(True)
         self.optimizer = make_optimizer(self.network, self.factors.parameters, self.options.tuning)
-        middle = owner.split.middle(owner.blocks.depth)
-        behind = sum(index > middle[-1] for index in owner.adapter_indices)
-        places = place_blocks(self.network, self._emulated.plan)
-        self._exits = block_list(owner.model, owner.blocks)[middle[-1]], places[len(places) - behind - 1]
+        self._pairs = paired(owner, found, self.network, self.options.hidden)
 
     @property
     def patch(self) -> Patch:
@@ -157,18 +153,25 @@ class Aligner:
     def loss(self, full: nn.Module, batch: Batch) -> Tensor:
         """The loss on one batch, a scalar with gradient; ``full`` is the full model with the adapter plugged in."""
         with_logits = self.options.lambda_kl > 0
-        exit_full, exit_emulated = self._exits
+        blocks_full, blocks_emulated = zip(*self._pairs, strict=True)
         device = next(full.parameters()).device
         with torch.no_grad():
-            goal = passed(full, exit_full, {n: t.to(device) for n, t in batch.items()}, logits=with_logits)
+            goal = passed(full, blocks_full, {n: t.to(device) for n, t in batch.items()}, logits=with_logits)
         moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        got = passed(self.network, exit_emulated, moved, logits=with_logits)
+        got = passed(self.network, blocks_emulated, moved, logits=with_logits)
         mask = moved["attention_mask"]
-        error, size = relative_error(goal[0].to(self.device), got[0], mask)
-        loss = error / size
+        errors = [self._hidden(a.to(self.device), b, mask) for a, b in zip(goal[0], got[0], strict=True)]
+        loss = errors[0] if len(errors) == 1 else torch.stack(errors).sum()
         if goal[1] is not None and got[1] is not None:
-            loss = loss + self.options.lambda_kl * kl_of_logits(goal[1].to(self.device), got[1], mask)
+            apart = kl_of_logits(goal[1].to(self.device), got[1], mask, self.options.kl_temperature)
+            loss = loss + self.options.lambda_kl * apart
         return loss
+
+    def _hidden(self, goal: Tensor, got: Tensor, mask: Tensor) -> Tensor:
+        if self.options.hidden == "cosine":
+            return cosine_error(goal, got, mask)
+        error, size = relative_error(goal, got, mask)
+        return error / size
 
     def _batch(self, step: int) -> Batch:
         """The batch of a step: it follows from the step's number alone."""

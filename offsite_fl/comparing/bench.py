@@ -25,6 +25,7 @@ from offsite_fl.evaluation.loss import evaluate_loss
 from offsite_fl.measure import Measure
 from offsite_fl.models.blocks import find_blocks
 from offsite_fl.models.load import load_model
+from offsite_fl.models.processors import need_tokenizer
 from offsite_fl.owner import ModelOwner
 
 BATCH = 8
@@ -46,7 +47,8 @@ class Bench:
 
     def __init__(self, settings: GridSettings, out: Path) -> None:
         self.settings = settings
-        self.model, self.tokenizer = load_model(settings.model.source())
+        self.model, processor = load_model(settings.model.source())
+        self.tokenizer = need_tokenizer(processor)
         depth = find_blocks(self.model).depth
         inputs = Inputs.of(settings, fingerprint(self.model.state_dict()), depth)
         self.places = Places(settings, inputs, out)

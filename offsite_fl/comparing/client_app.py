@@ -7,28 +7,31 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ConfigRecord, Context, Error, Message
+from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp.typing import ClientAppCallable
 
 from offsite_fl.choosing.peak import peak_memory
-from offsite_fl.client_app import Data, make_client_app
+from offsite_fl.client_app import Data, LoadData, make_client_app
 from offsite_fl.comparing.division import client_name
 from offsite_fl.comparing.results import PEAK
 from offsite_fl.config import TuneConfig
-from offsite_fl.errors import ConfigError, OffsiteError
+from offsite_fl.errors import ConfigError
+from offsite_fl.local.misbehaving import misbehaving, or_poisoned
 from offsite_fl.models.load import load_model
 from offsite_fl.tuning.dtypes import resolve_device
 from offsite_fl.wire import names
 
 CELL = "compare."
 DATA, CACHE, MODEL = CELL + "data", CELL + "cache", CELL + "model"
+STATE = CELL + "state"  # in every message: patches too are of one cell
 ATTACK, ATTACKERS, PACKAGE = CELL + "attack", CELL + "attackers", CELL + "attack-package"
 
 
 def with_cell(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """A Flower mod that puts what a message says about its cell into the run config, where ``load_data`` looks.
 
-    The context is copied: the next message may belong to another cell.
+    The context is copied: the next message may belong to another cell. What clients remember is of their cell too. So
+    each cell may ask its own question about public text, of which a site that isn't simulated answers one for good.
     """
     records = message.content.config_records.values() if message.has_content() else ()
     told = {key: value for record in records for key, value in record.items() if key.startswith(CELL)}
@@ -36,6 +39,8 @@ def with_cell(message: Message, context: Context, call_next: ClientAppCallable) 
     node_config = dict(context.node_config)
     if run_config.get(CACHE):
         node_config.setdefault("cache-dir", str(run_config[CACHE]))
+    if run_config.get(STATE):
+        node_config.setdefault("state-dir", str(run_config[STATE]))
     return call_next(message, Context(context.run_id, context.node_id, node_config, context.state, run_config))
 
 
@@ -66,26 +71,14 @@ def threat_of(context: Context) -> Any:
     return kind.of({"attack": config[ATTACK], "attackers": config[ATTACKERS]})
 
 
-def misbehave(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """A Flower mod around tuning that does what the cell's attack says, or nothing."""
-    try:
-        threat = threat_of(context)
-    except OffsiteError as error:
-        return Message(Error(names.REFUSED, f"{type(error).__name__}: {error}"), reply_to=message)
-    if threat is None:
-        return call_next(message, context)
-    reply: Message = threat.mod(message, context, call_next)
-    return reply
+misbehave = misbehaving(threat_of)  # a Flower mod around tuning that does what the cell's attack says, or nothing
 
 
-def load_data(context: Context) -> Data:
-    """This client's file in the cell's folder, with flipped labels for attackers whose attack is that."""
-    threat = threat_of(context)
-    if threat is None or not threat.behaviour.flips_labels:
-        return _file(context)
-    flipped = importlib.import_module(str(context.run_config[PACKAGE])).with_flipped_labels
-    block_size = int(context.run_config[CELL + "block-size"])
-    poisoned: Data = flipped(_file, threat.attackers, _tokenizer_of, block_size)(context)
+def _poisoned(threat: Any, context: Context) -> LoadData:
+    config = context.run_config
+    flipped = importlib.import_module(str(config[PACKAGE])).with_flipped_labels
+    size, loss_on = int(config[CELL + "block-size"]), config[CELL + "loss-on"]
+    poisoned: LoadData = flipped(_file, threat.attackers, _tokenizer_of, size, loss_on)
     return poisoned
 
 
@@ -104,5 +97,8 @@ def _tokenizer_of(context: Context) -> Any:
 def _tokenizer(model: str) -> Any:
     return load_model(model)[1]
 
+
+# This client's file in the cell's folder, with flipped labels for attackers whose attack is that.
+load_data: LoadData = or_poisoned(_file, threat_of, _poisoned)
 
 app = make_client_app(load_data, mods=[with_cell], train_mods=[misbehave, with_peak])

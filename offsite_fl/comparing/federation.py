@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -57,12 +58,13 @@ def federate(grid: Grid, bench: Bench, cell: Cell, key: str) -> Measured:
     config = ConfigRecord(cell_config(places.settings, cell, data))  # type: ignore[arg-type]
     every = min(places.settings.test.every, places.settings.grid.rounds)
     strategy.start(
-        OrderedGrid(grid, condition.clients, strategy.bundle.digest),
+        OrderedGrid(grid, condition.clients, strategy.bundle.digest, {client_app.STATE: str(places.state(key))}),
         num_rounds=places.settings.grid.rounds,
         train_config=config,
         evaluate_config=config,
         evaluate_fn=central_evaluation(measure, strategy.lora, every=every, patch=lambda: strategy.patch),
     )
+    shutil.rmtree(places.state(key), ignore_errors=True)  # nobody goes on from it
     check_rounds(strategy.history)
     update = strategy.update()
     by_domain = bench.by_domain(measure.owner, update.tensors, update.lora)
@@ -88,7 +90,9 @@ def cell_config(settings: GridSettings, cell: Cell, data: Path) -> dict[str, str
         found[client_app.ATTACKERS] = ",".join(map(str, settings.grid.attackers))
         found[client_app.PACKAGE] = settings.grid.attack_package
         found[client_app.MODEL] = settings.model.source()
-        found[client_app.CELL + "block-size"] = settings.tune.block_size
+        tune = settings.tune_of(cell.arm.strategy, cell.seed)
+        found[client_app.CELL + "block-size"] = tune.block_size
+        found[client_app.CELL + "loss-on"] = tune.loss_on
     return found
 
 

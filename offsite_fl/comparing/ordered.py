@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -16,10 +16,13 @@ PATIENCE = 120.0
 
 
 class OrderedGrid(Grid):
-    """``grid`` with its nodes sorted. Flower numbers nodes at random and samples from them in that order."""
+    """``grid`` with its nodes sorted. Flower numbers nodes at random and samples from them in that order.
 
-    def __init__(self, grid: Grid, clients: int, digest: str) -> None:
-        self.inner = grid
+    ``told`` is put into the config of every message, beside what is counted as sent.
+    """
+
+    def __init__(self, grid: Grid, clients: int, digest: str, told: Mapping[str, str] | None = None) -> None:
+        self.inner, self.told = grid, dict(told or {})
         self._order = _order(grid, clients, digest)
 
     def get_node_ids(self) -> Iterable[int]:
@@ -41,7 +44,7 @@ class OrderedGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """As the grid inside does."""
-        return self.inner.push_messages(messages)
+        return self.inner.push_messages(self._telling(messages))
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """As the grid inside does."""
@@ -49,7 +52,14 @@ class OrderedGrid(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """As the grid inside does."""
-        return self.inner.send_and_receive(messages, timeout=timeout)
+        return self.inner.send_and_receive(self._telling(messages), timeout=timeout)
+
+    def _telling(self, messages: Iterable[Message]) -> Iterator[Message]:
+        for message in messages:
+            config = message.content.config_records.get(names.CONFIG)
+            if config is not None:
+                config.update(self.told)
+            yield message
 
 
 def _order(grid: Grid, clients: int, digest: str) -> list[int]:

@@ -93,6 +93,10 @@ class Places:
         slug = re.sub(r"[^A-Za-z0-9.]+", "-", partition).strip("-")
         return self.out / "data" / f"{slug}-{clients}" / f"seed-{seed}"
 
+    def state(self, key: str) -> Path:
+        """Folder of what the clients of the cell with this key remember between its rounds."""
+        return self.out / "work" / "sites" / key[:16]
+
     def tune(self, cell: Cell) -> TuneConfig:
         """How the cell's clients tune in a round."""
         tune, baselines = self.settings.tune_of(cell.arm.strategy, cell.seed), self.settings.baselines

@@ -48,6 +48,11 @@ class Scaffold(LocalAlgorithm):
                 f"scaffold needs tune.optimizer = 'sgd', got {tune.optimizer!r}: its control variates are mean "
                 "gradients, which steps of an adaptive optimiser don't tell"
             )
+        if tune.head_lr_scale != 1:
+            raise ConfigError(
+                f"scaffold reads mean gradients off one learning rate, but head-lr-scale = {tune.head_lr_scale:g} "
+                "gives the head another one: leave it out"
+            )
         if tune.proximal_mu > 0:
             raise ConfigError("scaffold holds sites together itself: leave out proximal-mu")
 

@@ -79,21 +79,80 @@ def test_the_loss_done_slowly(owner: ModelOwner, pico_batch: dict[str, torch.Ten
     )
 
 
+HIDDEN = ("normalised", "cosine", "layerwise")
+
+
+def test_the_other_hidden_errors_done_slowly(owner: ModelOwner, pico_batch: dict[str, torch.Tensor]) -> None:
+    """Of layers 0 to 3, layer drop keeps 0 and 3: layerwise holds those against the emulator's two, one by one."""
+    network = DataOwner.open(owner.bundle, "float32").model  # type: ignore[arg-type]
+    full = owner.model.model.layers  # type: ignore[union-attr]
+    small = network.model.layers  # type: ignore[union-attr]
+    rows = [(b, t) for b in range(2) for t in range(12) if pico_batch["attention_mask"][b, t]]
+
+    def states(layer: int, place: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        goal = hidden_before(owner.model, full[layer + 1], pico_batch)[0]  # type: ignore[index]
+        got = hidden_before(network, small[place + 1], pico_batch)[0]  # type: ignore[index]
+        return [(goal[row], got[row]) for row in rows]
+
+    expected = 0.0
+    for layer, place in ((0, 0), (3, 1)):
+        pairs = states(layer, place)
+        size = sum(float(t.square().sum()) for t, _ in pairs)
+        expected += sum(float((t - s).square().sum()) for t, s in pairs) / size
+    found = aligner(owner, lambda_kl=0.0, hidden="layerwise")
+    assert loss_now(found, owner, pico_batch).item() == pytest.approx(expected, rel=1e-4)
+
+    cosines = [float(t @ s) / math.sqrt(float(t @ t) * float(s @ s)) for t, s in states(3, 1)]
+    found = aligner(owner, lambda_kl=0.0, hidden="cosine")
+    assert loss_now(found, owner, pico_batch).item() == pytest.approx(1 - sum(cosines) / len(cosines), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("split", "emulator", "expected"),
+    [
+        (SPLITS[0], "layer-drop:keep=2", [(0, 0), (3, 1)]),
+        (SPLITS[1], "layer-drop:keep=2", [(2, 2), (4, 3)]),
+        (SPLITS[2], "layer-drop:keep=2", [(1, 1), (4, 3)]),  # the adapter block between isn't the emulator's
+        (SPLITS[0], "low-rank:keep=0.4", [(0, 0), (1, 1), (2, 2), (3, 3)]),
+        # One block runs in all four places of the middle: each is held against the layer that it runs for.
+        (SPLITS[0], "crash:keep=1,sharing=frozen-only", [(0, 0), (1, 1), (2, 2), (3, 3)]),
+    ],
+)
+def test_which_layers_are_held_against_each_other(
+    split: Split, emulator: str, expected: list[tuple[int, int]], tmp_path: Path
+) -> None:
+    found = aligner(owner := owner_of(tmp_path, split, emulator), hidden="layerwise")
+    full, small = list(owner.model.model.layers), list(found.network.model.layers)  # type: ignore[union-attr, arg-type]
+    assert [(full.index(teacher), small.index(student)) for teacher, student in found._pairs] == expected
+
+
+@pytest.mark.parametrize("hidden", ["cosine", "layerwise"])
+def test_other_hidden_errors_are_lowered(hidden: str, owner: ModelOwner) -> None:
+    found = aligner(owner, hidden=hidden, kl_temperature=2.0)
+    stepped = found.align(owner.adapter(), 30)
+    with owner.plugged_in(owner.adapter()) as full:
+        assert found.loss(full, found._batch(0)).item() < 0.9 * stepped.first
+
+
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 def test_zero_where_the_emulator_is_the_middle(
     split: Split, tmp_path: Path, pico_batch: dict[str, torch.Tensor]
 ) -> None:
     """Fault 17: zero for identical models, positive otherwise."""
     same = owner_of(tmp_path / "same", split, f"layer-drop:keep={6 - len(split.resolve(6))}")
-    assert loss_now(aligner(same), same, pico_batch).item() < 1e-6
     other = owner_of(tmp_path / "other", split, "layer-drop:keep=2")
-    assert loss_now(aligner(other), other, pico_batch).item() > 0.01
+    for hidden in HIDDEN:
+        options = {"hidden": hidden, "kl_temperature": 2.0 if hidden == "cosine" else 1.0}
+        assert abs(loss_now(aligner(same, **options), same, pico_batch).item()) < 1e-5
+        assert loss_now(aligner(other, **options), other, pico_batch).item() > 0.01
 
 
-@pytest.mark.parametrize("lambda_kl", [0.0, 0.9])
-def test_padding_changes_nothing(lambda_kl: float, owner: ModelOwner, pico_batch: dict[str, torch.Tensor]) -> None:
+@pytest.mark.parametrize(("lambda_kl", "hidden"), [(0.0, "normalised"), *((0.9, hidden) for hidden in HIDDEN)])
+def test_padding_changes_nothing(
+    lambda_kl: float, hidden: str, owner: ModelOwner, pico_batch: dict[str, torch.Tensor]
+) -> None:
     """Fault 17: other ids in the padding, and more of it, leave loss and gradient where they are."""
-    found = aligner(owner, lambda_kl=lambda_kl)
+    found = aligner(owner, lambda_kl=lambda_kl, hidden=hidden, kl_temperature=1.0 if lambda_kl == 0 else 3.0)
     longer = {name: nn.functional.pad(t, (0, 5)) for name, t in pico_batch.items()}
     other = {**longer, "input_ids": longer["input_ids"].masked_fill(longer["attention_mask"] == 0, 9)}
     losses, gradients = [], []
@@ -274,9 +333,19 @@ def test_an_adapter_without_a_finite_loss_is_found_before_it_is_used(lambda_kl: 
     assert all(torch.equal(owner.adapter()[n], t) for n, t in aligner(owner)._emulated.adapter().items())
 
 
-def test_one_network_beside_the_full_model(owner: ModelOwner) -> None:
-    """Fault 20: no second copy of the full model; the frozen tensors are those of the bundle."""
+def test_one_network_beside_the_full_model(owner: ModelOwner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 20: no second copy of the full model or of the emulator; the frozen tensors are those of the bundle."""
+    used = [id(module) for module in owner.model.modules()]
+
+    def refused(module: nn.Module, memo: object) -> None:
+        raise AssertionError(f"a {type(module).__name__} was copied")
+
+    monkeypatch.setattr(nn.Module, "__deepcopy__", refused, raising=False)
     found = aligner(owner)
+    with owner.plugged_in(owner.adapter()) as full:
+        assert [id(module) for module in full.modules()] == used
+    found.align(owner.adapter(), 1)
+    found.check(owner.adapter())
     trained = {id(p) for p in found.factors.parameters.values()}
     assert not any(p.requires_grad for p in found.network.parameters() if id(p) not in trained)
     held = {id(t) for group in found.optimizer.param_groups for t in group["params"]}
@@ -286,6 +355,8 @@ def test_one_network_beside_the_full_model(owner: ModelOwner) -> None:
 def test_wrong_options_are_named(owner: ModelOwner, tmp_path: Path) -> None:
     for options, message in (
         ({"lambda_kl": -1.0}, "lambda_kl must be a number from 0"),
+        ({"kl_temperature": 0.0}, "kl_temperature must be a number above 0"),
+        ({"hidden": "l2"}, "hidden = 'l2'"),
         ({"rank": 0}, "lora rank must be at least 1"),
         ({"lr": 0.0}, "lr must be a number above 0"),
         ({"optimizer": "lion"}, "optimizer = 'lion'"),

@@ -9,10 +9,14 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
 from offsite_fl.comparing import client_app
+from offsite_fl.comparing.cells import Arm, Cell, Condition
+from offsite_fl.comparing.federation import cell_config
 from offsite_fl.comparing.results import PEAK
+from offsite_fl.comparing.settings import GridSettings
 from offsite_fl.errors import ConfigError
 from offsite_fl.wire import names
 from simulations.in_process import task_identity
+from tests.comparing.conftest import grid_table
 
 
 @pytest.fixture(autouse=True)
@@ -46,10 +50,33 @@ def test_the_cell_of_a_message_is_in_the_context_of_that_message_only() -> None:
     assert client_app.DATA not in here.run_config and "cache-dir" not in here.node_config
 
 
+def test_clients_remember_by_the_cell_and_keep_bundles_for_all() -> None:
+    seen: list[Context] = []
+    for told in ({client_app.STATE: "one"}, {client_app.STATE: "two"}, {}):
+        client_app.with_cell(message(**told), context(**{client_app.CACHE: "cache"}), lambda m, c: seen.append(c) or m)  # type: ignore[func-returns-value]
+    assert [c.node_config.get("state-dir") for c in seen] == ["one", "two", None]
+    assert {c.node_config["cache-dir"] for c in seen} == {"cache"}
+
+
 def test_each_client_loads_its_own_file() -> None:
     assert client_app.load_data(context(**{client_app.DATA: "folder"})) == str(Path("folder") / "client-3.jsonl")
     with pytest.raises(ConfigError, match=client_app.DATA):
         client_app.load_data(context())
+
+
+def test_flipped_labels_are_cut_as_the_cells_own_clients_cut_them(tmp_path: Path) -> None:
+    """Block length and loss of the cell's strategy, which may have its own."""
+    table = grid_table(attacks=["label-flip"])
+    table["tune-for"] = {"fedavg": {"block-size": 24, "loss-on": "answer"}}
+    settings = GridSettings.of(table)
+    arm = Arm("strategy", "fedavg", "layer-drop:keep=2")
+    told = cell_config(settings, Cell(arm, Condition("iid", 2, 1.0, "label-flip"), 0), tmp_path)
+    assert (told["compare.block-size"], told["compare.loss-on"]) == (24, "answer")
+    other = Cell(Arm("strategy", "fedadam:eta=0.01", arm.emulator), Condition("iid", 2, 1.0, "label-flip"), 0)
+    assert cell_config(settings, other, tmp_path)["compare.block-size"] == 128
+    # Client 3 of the context is no attacker, so it gets its own file.
+    here = context(**{k: v if isinstance(v, int) else str(v) for k, v in told.items()})  # type: ignore[arg-type]
+    assert client_app.load_data(here) == str(tmp_path / "client-3.jsonl")
 
 
 def test_the_peak_is_added_to_a_reply_and_an_error_stays_one() -> None:

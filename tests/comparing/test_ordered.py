@@ -31,6 +31,22 @@ def test_by_number_and_not_by_text_or_node() -> None:
     assert ordered.OrderedGrid(grid, 5, "digest").get_node_ids() == [1, 7, 99, 42, 5]
 
 
+def test_every_message_is_told_what_is_the_cells() -> None:
+    seen: list[dict[str, object]] = []
+
+    def noting(message: Message, context: Context) -> Message:
+        seen.append(dict(message.content.config_records.get("config", {})))
+        return answer(message, context)
+
+    grid = ordered.OrderedGrid(FakeGrid(noting, {1: {"partition-id": 0}}), 1, "digest", {"compare.state": "here"})
+    config = {"patch.digest": "p"}
+    list(grid.send_and_receive([Message(RecordDict({"config": ConfigRecord(config)}), 1, "train.patch")]))
+    ids = grid.push_messages([Message(RecordDict({"config": ConfigRecord(config)}), 1, "evaluate")])
+    list(grid.pull_messages(ids))
+    list(grid.send_and_receive([Message(RecordDict(), 1, "query")]))
+    assert seen[1:] == [{**config, "compare.state": "here"}] * 2 + [{}]
+
+
 def test_clients_that_do_not_answer_or_do_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
     grid = FakeGrid(lambda m, c: Message(Error(200, "out of order"), reply_to=m), {1: {}})
     with pytest.raises(OffsiteError, match="out of order"):

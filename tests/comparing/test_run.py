@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
-from offsite_fl.comparing.cells import Arm, Cell, Condition
+from offsite_fl.comparing.cells import Arm, Cell, Condition, cells
+from offsite_fl.comparing.places import Inputs, Places
 from offsite_fl.comparing.results import Measured
 from offsite_fl.comparing.run import Comparison, State, shards_of
 from offsite_fl.comparing.server_app import Plan, reason
+from offsite_fl.comparing.settings import GridSettings
 from offsite_fl.errors import ConfigError
 from offsite_fl.evaluation.lines import append_line
 from tests.comparing.conftest import FEDAVG, grid_table, measured
@@ -65,6 +67,25 @@ def test_a_plan_reads_back(tmp_path: Path) -> None:
     plan = Plan(table, tmp_path, tmp_path / "r.jsonl", 2, (("k", measured(FEDAVG, 3.0).cell),))
     plan.write(tmp_path / "plan.json")
     assert Plan.read(tmp_path / "plan.json") == plan
+
+
+def test_a_strategy_that_can_not_run_is_refused_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comparison = Comparison(grid_table(strategies=["fedbiot", "fedavg"]), tmp_path)
+    inputs = Inputs("m", 6, "rows", "test", "public")
+    monkeypatch.setattr(comparison, "_places", Places(comparison.settings, inputs, tmp_path))
+    with pytest.raises(ConfigError, match=r"'fedbiot' can't run in this grid: .*the split is 1-1: set it to 0-2"):
+        comparison.run()
+    assert not list(tmp_path.iterdir())
+
+
+def test_clients_remember_by_cell_and_public_text() -> None:
+    """Another public text makes other keys, so other folders: the same clients may be asked about it."""
+    settings = GridSettings.of(grid_table())
+    places = [Places(settings, Inputs("m", 6, "rows", "test", public), Path("out")) for public in ("one", "two")]
+    found = {each.state(each.key(cell)) for each in places for cell in cells(settings)}
+    assert len(found) == 2 * len(cells(settings)) and all(f.parent == Path("out/work/sites") for f in found)
 
 
 def test_reasons() -> None:
