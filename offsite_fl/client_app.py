@@ -23,7 +23,7 @@ from flwr.clientapp.typing import ClientAppCallable, Mod
 
 from offsite_fl.bundle import Cache
 from offsite_fl.config import TuneConfig, cache_root
-from offsite_fl.data.examples import split_examples, to_examples
+from offsite_fl.data.examples import split_examples
 from offsite_fl.data.fingerprints import Fingerprints, overlap
 from offsite_fl.data.sources import Source
 from offsite_fl.data_owner import DataOwner, adapter_blocks
@@ -32,6 +32,7 @@ from offsite_fl.local.algorithm import LocalAlgorithm, Outcome, read_algorithm
 from offsite_fl.local.patch_store import PatchStore
 from offsite_fl.local.public_question import PublicQuestion, admit
 from offsite_fl.local.turn import Turn, loss_of
+from offsite_fl.models.head import refuse_lora
 from offsite_fl.tuning.lora import expected_factors
 from offsite_fl.wire import names
 from offsite_fl.wire.backed import check_backed
@@ -112,8 +113,9 @@ def make_client_app(
 
     Notes
     -----
-    A site sets in its node config what is its own business: ``name``, ``data``, ``cache-dir``, ``cache-bytes`` and
-    ``tune.*`` settings such as ``tune.device`` or ``tune.batch-size``.
+    A site sets in its node config what is its own business: ``name``, ``data``, ``cache-dir``, ``cache-bytes``,
+    ``state-dir`` (where it keeps everything but bundles; ``cache-dir`` without it) and ``tune.*`` settings such as
+    ``tune.device`` or ``tune.batch-size``.
     """
     local_noise = any(isinstance(mod, LocalDpMod) for mod in train_mods)
     site = _Site(load_data or load_from_node_config, name or client_name, cache, local_noise)
@@ -223,7 +225,8 @@ class _Site:
         """Paths of this site that errors may name."""
         cache = self.given_cache or context.node_config.get("cache-dir")
         root = cache.root if isinstance(cache, Cache) else cache_root(str(cache) if cache else None)
-        told = [str(context.node_config.get(key, "")) for key in ("cache-dir", "data", "validation-data")]
+        keys = ("cache-dir", "state-dir", "data", "validation-data")
+        told = [str(context.node_config.get(key, "")) for key in keys]
         paths = [root, *(Path(each) for each in told if each)]
         return [str(form) for path in paths for form in (path.absolute(), path.resolve()) if len(form.parts) > 1]
 
@@ -253,7 +256,7 @@ class _Site:
             raise BundleMissing(f"bundle {found.patch.bundle[:12]}, which a patch is for, isn't in the cache")
         if found.patch.digest != found.digest:
             raise WireError(f"the patch was damaged on its way: its digest is {found.patch.digest[:12]}")
-        held = PatchStore(cache.root, found.patch.bundle, self.name(context)).keep(found.patch, found.public)
+        held = PatchStore(self._kept(context), found.patch.bundle, self.name(context)).keep(found.patch, found.public)
         state: dict[str, Any] = {names.DIGEST: found.patch.bundle, names.PATCH: held, names.CLIENT: self.name(context)}
         return Message(RecordDict({names.CONFIG: ConfigRecord(state)}), reply_to=message)
 
@@ -273,6 +276,14 @@ class _Site:
         return Cache(
             str(folder) if folder else None, size if isinstance(size, (int, str)) and size is not True else None
         )
+
+    def _kept(self, context: Context) -> Path:
+        """Where the site keeps what it is asked to remember: patches, state between rounds, the question it answered.
+
+        Its operator says so, never a message: a simulation of one's own takes a folder for each run.
+        """
+        folder = context.node_config.get("state-dir")
+        return cache_root(str(folder)) if folder else self._cache(context).root
 
     # Tuning and evaluation -------------------------------------------------------------------------------------
 
@@ -330,7 +341,7 @@ class _Site:
             codec=task.codec,
             reference=task.reference,
             data=data,
-            cache=self._cache(context).root,
+            cache=self._kept(context),
             site=self.name(context),
         )
 
@@ -362,7 +373,7 @@ class _Site:
         if names.PATCH not in config:
             return None
         digest = text(config[names.PATCH], names.PATCH)
-        found = PatchStore(self._cache(context).root, owner.bundle.digest, self.name(context)).find(digest)
+        found = PatchStore(self._kept(context), owner.bundle.digest, self.name(context)).find(digest)
         if found is None:
             raise PatchMissing(f"the patch {digest[:12]} of the emulator isn't here, or is damaged")
         owner.patch(found[0])
@@ -387,11 +398,10 @@ class _Site:
         """Examples to tune on and examples to watch, the same division in every round."""
         if task.public is not None and task.public.size:
             question = PublicQuestion.of(task.public, task.owner.bundle, task.tune)
-            admit(question, self._cache(context).root, self._lasting_name(context))
+            admit(question, self._kept(context), self._lasting_name(context))
 
         def examples(source: Source) -> Dataset:
-            tune, tokenizer = task.tune, task.owner.tokenizer
-            found = to_examples(source, tokenizer, block_size=tune.block_size, loss_on=tune.loss_on)
+            found = task.owner.examples(source, task.tune.block_size, task.tune.loss_on)
             if task.public is not None and overlap(found, task.public):
                 raise PublicOverlap(
                     "some of this site's examples are in the public text that the server aligns the emulator on; "
@@ -415,6 +425,7 @@ def _reference(owner: DataOwner, run: TuneConfig, arrays: Mapping[str, Array]) -
     No factor is made before the message's ``arrays`` were held to the shapes that its rank asks for.
     """
     shapes: dict[str, tuple[int, int]] = {}
+    refuse_lora(owner.plan.head, run.lora)
     if run.lora is not None:
         shapes = expected_factors(adapter_blocks(owner.model, owner.plan), run.lora)
         check_backed(arrays, shapes)

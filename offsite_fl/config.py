@@ -23,6 +23,7 @@ Scalar = str | int | float | bool
 CACHE_VARIABLE = "OFFSITE_FL_CACHE"
 FrozenDtype = Literal["auto", "float32", "bfloat16", "float16"]
 LossOn = Literal["all", "answer"]
+Augment = Literal["none", "flip", "crop-flip"]
 Factors = Literal["both", "a", "b"]
 C = TypeVar("C")
 
@@ -68,6 +69,9 @@ class TuneConfig:
     factors are trained; the other one stays as it was received. ``lora_fresh`` begins each call with new factors on top
     of the adapter as it was received, to be merged into it afterwards. ``proximal_mu`` adds
     ``mu / 2 * ||A - A_received||^2`` as FedProx does.
+    ``head_lr_scale`` multiplies the learning rate of a classifier's head, which Offsite-Tuning's vision models train at
+    10 times that of the adapter (arXiv 2302.04870). ``augment``: training images are mirrored ("flip"), or cropped at
+    random and mirrored ("crop-flip").
     ``device=None`` lets accelerate choose. ``frozen_dtype`` is the dtype of everything that isn't trained ("auto":
     bf16 on CUDA, the bundle's own floating dtype upcast to fp32 on CPU, where bf16 is slow); trained tensors are fp32.
     """
@@ -89,6 +93,8 @@ class TuneConfig:
     gradient_checkpointing: bool = False
     block_size: int = 128
     loss_on: LossOn = "all"
+    head_lr_scale: float = 1.0
+    augment: Augment = "none"
     proximal_mu: float = 0.0
     lora_rank: int = 0
     lora_alpha: float = 16.0
@@ -105,9 +111,9 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for name in ("epochs", "lr"):
+        for name in ("epochs", "lr", "head_lr_scale"):
             value = getattr(self, name)
-            check(value > 0 and math.isfinite(value), f"{name} must be a number above 0, got {value}")
+            check(value > 0 and math.isfinite(value), f"{kebab(name)} must be a number above 0, got {value}")
         for name in ("batch_size", "gradient_accumulation"):
             check(getattr(self, name) >= 1, f"{kebab(name)} must be at least 1, got {getattr(self, name)}")
         for name in ("max_steps", "schedule_steps", "eval_every"):

@@ -17,13 +17,17 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from offsite_fl.bundle import Bundle, open_bundle
-from offsite_fl.config import FrozenDtype, LoraOptions, TuneConfig
-from offsite_fl.data.examples import to_examples
+from offsite_fl.config import FrozenDtype, LoraOptions, LossOn, TuneConfig
+from offsite_fl.data.by_task import classes_of, examples_for
+from offsite_fl.data.labels import Classes
 from offsite_fl.data.loader import make_loader, pad_id_of
 from offsite_fl.data.sources import Source
 from offsite_fl.errors import UpdateError
 from offsite_fl.evaluation.loss import LossResult, evaluate_loss
+from offsite_fl.evaluation.objective import objective_of
+from offsite_fl.models.head import refuse_lora
 from offsite_fl.models.network import NetworkPlan, adapter_parameters, build_network, fill_network, place_blocks
+from offsite_fl.models.processors import Processor, need_tokenizer
 from offsite_fl.patch import Patch, digest_of
 from offsite_fl.tuning.dtypes import prepare_dtypes, resolve_device
 from offsite_fl.tuning.emulator_lora import EmulatorLora, emulator_factors
@@ -62,9 +66,19 @@ class DataOwner:
         return self.bundle.plan
 
     @functools.cached_property
+    def processor(self) -> Processor:
+        """The tokenizer or image processor that came with the bundle."""
+        return self.bundle.processor()
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that came with the bundle."""
-        return self.bundle.tokenizer()
+        """The tokenizer that came with the bundle; ``ModelError`` if that is one for images."""
+        return need_tokenizer(self.processor)
+
+    @property
+    def classes(self) -> Classes | None:
+        """The classes of a classifier; None for all other models."""
+        return classes_of(self.plan.task, self.model.config)
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return adapter_parameters(self.model, self.plan)
@@ -127,6 +141,7 @@ class DataOwner:
         The adapter goes back to the values that came in the bundle, for these are what the owner merges factors into.
         The result's ``remove()`` takes the factors out again; adapter values themselves stay frozen meanwhile.
         """
+        refuse_lora(self.plan.head, options)
         self.reset()
         inside = add_lora(adapter_blocks(self.model, self.plan), options, seed)
         if factors is not None:
@@ -147,7 +162,8 @@ class DataOwner:
         """Tune the adapter (or LoRA factors inside it) on private data and return the update.
 
         Args:
-            source: a file (.jsonl, .json, .csv, .parquet, .txt) or a ``datasets.Dataset``.
+            source: a file (.jsonl, .json, .csv, .parquet, .txt) or a ``datasets.Dataset``; for a model for images also
+                a folder. What must be in it is said at :func:`offsite_fl.data.by_task.examples_for`.
             config: how; ``config.lora_rank`` above 0 tunes LoRA factors only and returns those.
             validation: data to watch for early stopping; else ``config.validation_share`` of ``source`` is set aside.
             start: values to begin with, as an earlier :class:`Update` carries them; None begins with the adapter as it
@@ -177,19 +193,31 @@ class DataOwner:
         return Update(tensors, self.bundle.digest, done.examples, lora, done.metrics)
 
     def _examples(self, source: Source, config: TuneConfig) -> Dataset:
-        return to_examples(source, self.tokenizer, block_size=config.block_size, loss_on=config.loss_on)
+        return self.examples(source, config.block_size, config.loss_on)
+
+    def examples(self, source: Source, block_size: int, loss_on: LossOn = "all", *, labelled: bool = True) -> Dataset:
+        """What ``source`` holds for this model; see :func:`offsite_fl.data.by_task.examples_for`."""
+        return examples_for(
+            self.plan.task,
+            source,
+            self.processor,
+            self.classes,
+            block_size=block_size,
+            loss_on=loss_on,
+            labelled=labelled,
+        )
 
     @property
     def pad_id(self) -> int:
         """Token id that fills short rows of a batch (they carry no loss)."""
-        return pad_id_of(self.tokenizer)
+        return pad_id_of(self.processor)
 
     def evaluate(self, source: Source, config: TuneConfig | None = None) -> LossResult:
         """Loss of the emulator with the adapter as it is now; ``config`` says how to cut ``source`` into batches."""
         config = config or TuneConfig()
         batches = make_loader(self._examples(source, config), config.batch_size, pad_id=self.pad_id)
         device = resolve_device(config)
-        return evaluate_loss(self.model.to(device), batches, device)
+        return evaluate_loss(self.model.to(device), batches, device, nll=objective_of(self.model).nll)
 
 
 def adapter_blocks(network: nn.Module, plan: NetworkPlan) -> dict[int, nn.Module]:
@@ -221,6 +249,7 @@ def tune_adapter(
         more = {"received": towards, "correction": correction}
         return tune(network, trained, train, config, validation=validation, pad_id=pad_id, beside=beside, **more)
 
+    refuse_lora(plan.head, config.lora)
     if config.lora is None:
         return tuned(adapter_parameters(network, plan))
     inside = add_lora(adapter_blocks(network, plan), config.lora, config.seed)

@@ -7,19 +7,21 @@ experiment that plays all parties. The emulator network is opened once and given
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from datasets import Dataset, concatenate_datasets  # type: ignore[import-untyped,unused-ignore]
 
 from offsite_fl.config import LoraOptions, LossOn, TuneConfig
-from offsite_fl.data.examples import to_examples
-from offsite_fl.data.loader import make_loader, pad_id_of
+from offsite_fl.data.loader import Batch, make_loader, pad_id_of
 from offsite_fl.data.sources import Source
 from offsite_fl.data_owner import DataOwner
 from offsite_fl.errors import DataError, UpdateError
+from offsite_fl.evaluation.classification import evaluate_classes
 from offsite_fl.evaluation.loss import LossResult, evaluate_loss
 from offsite_fl.evaluation.rows import Row
+from offsite_fl.models.head import HEAD
+from offsite_fl.models.tasks import CLASSIFICATION
 from offsite_fl.owner import ModelOwner
 from offsite_fl.patch import Patch
 from offsite_fl.repair import Repair
@@ -27,6 +29,7 @@ from offsite_fl.tuning.dtypes import resolve_device
 from offsite_fl.tuning.tune import tune
 
 Tensors = Mapping[str, torch.Tensor]
+Score = Callable[[torch.nn.Module], Row]
 
 
 class Measure:
@@ -34,19 +37,20 @@ class Measure:
 
     Args:
         owner: holds the full model and the bundle that it handed out.
-        test: held-out data, a file or ``datasets.Dataset``.
+        test: held-out data, a file or ``datasets.Dataset``; None where ``score`` brings its own.
         block_size: tokens of an example.
         batch_size: examples of a batch; no influence on the numbers beyond rounding.
-        max_tokens: use only the first so many tokens (None: all).
+        max_tokens: use only the first so many tokens (None: all); a classifier is measured on every example.
         loss_on: "all" tokens or the "answer" only, as in tuning.
         device: where both networks are measured, in fp32; None lets accelerate's order decide (CUDA, MPS, CPU). The
             owner's model is moved there.
+        score: what gives the row of a network, in place of what the owner's task is measured by.
     """
 
     def __init__(
         self,
         owner: ModelOwner,
-        test: Source,
+        test: Source | None,
         *,
         block_size: int = 128,
         batch_size: int = 8,
@@ -54,29 +58,47 @@ class Measure:
         loss_on: LossOn = "all",
         progress: bool = False,
         device: str | None = None,
+        score: Score | None = None,
     ) -> None:
         if owner.bundle is None:
             raise UpdateError("the owner has no bundle to measure: call make_bundle() or use_bundle() first")
         self.owner, self.progress = owner, progress
         self.block_size, self.loss_on = block_size, loss_on
-        examples = to_examples(test, owner.tokenizer, block_size=block_size, loss_on=loss_on)
-        if max_tokens is not None:
-            examples = examples.select(range(min(len(examples), max(1, max_tokens // block_size))))
-        self.batches = list(make_loader(examples, batch_size, pad_id=pad_id_of(owner.tokenizer)))
+        if test is None and score is None:
+            raise DataError("there is nothing to measure on: give held-out data, or a score that has its own")
+        self.batches = [] if test is None else self._loaded(test, batch_size, max_tokens)
         self.device = resolve_device(TuneConfig(device=device))
+        self._score = score or (self._class_row if owner.task in CLASSIFICATION else self._loss_row)
         # fp32 like the full model, so that the rows differ by what they are about and not by their dtype.
         self._data_owner = DataOwner.open(owner.bundle, "float32")
         self._patch: Patch | None = None
         owner.model.to(self.device)
 
+    def _loaded(self, test: Source, batch_size: int, max_tokens: int | None) -> list[Batch]:
+        examples = self.owner.examples(test, self.block_size, self.loss_on)
+        if max_tokens is not None and self.owner.task not in CLASSIFICATION:
+            examples = examples.select(range(min(len(examples), max(1, max_tokens // self.block_size))))
+        return list(make_loader(examples, batch_size, pad_id=pad_id_of(self.owner.processor)))
+
     @property
     def tokens(self) -> int:
-        """How many tokens of held-out data the numbers rest on."""
-        return sum(int(batch["attention_mask"].sum()) for batch in self.batches)
+        """How many tokens of held-out data the numbers rest on; 0 for images."""
+        return sum(int(batch["attention_mask"].sum()) for batch in self.batches if "attention_mask" in batch)
+
+    @property
+    def examples(self) -> int:
+        """How many examples of held-out data the numbers rest on."""
+        return sum(len(batch["labels"]) for batch in self.batches)
 
     def _row(self, model: torch.nn.Module) -> Row:
-        result: LossResult = evaluate_loss(model.to(self.device), self.batches, self.device, progress=self.progress)
+        return self._score(model.to(self.device))
+
+    def _loss_row(self, model: torch.nn.Module) -> Row:
+        result: LossResult = evaluate_loss(model, self.batches, self.device, progress=self.progress)
         return Row(loss=result.loss)
+
+    def _class_row(self, model: torch.nn.Module) -> Row:
+        return evaluate_classes(model, self.batches, self.device, progress=self.progress).row
 
     def use_patch(self, patch: Patch | None) -> None:
         """From now on measure tuned adapters in the emulator with this patch on it, which the data owners have."""
@@ -109,10 +131,11 @@ class Measure:
         train = self.pooled(sources)
         tune(
             model,
-            dict(model.named_parameters()),
+            # Under the head's own slot names, so that its learning rate is that of the data owners.
+            {HEAD + name if name in self.owner.head else name: p for name, p in model.named_parameters()},
             train,
             config.without_lora(),
-            pad_id=pad_id_of(self.owner.tokenizer),
+            pad_id=pad_id_of(self.owner.processor),
         )
         return self._row(model)
 
@@ -120,9 +143,4 @@ class Measure:
         """The examples of several owners in one set, each owner's own text packed apart."""
         if not sources:
             raise DataError("full fine-tuning needs the data of at least one owner")
-        return concatenate_datasets(
-            [
-                to_examples(source, self.owner.tokenizer, block_size=self.block_size, loss_on=self.loss_on)
-                for source in sources
-            ]
-        )
+        return concatenate_datasets([self.owner.examples(source, self.block_size, self.loss_on) for source in sources])

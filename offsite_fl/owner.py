@@ -21,15 +21,19 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from offsite_fl.bundle import SHARD_BYTES, Bundle, OwnerMap, fingerprint, open_bundle, write_bundle
-from offsite_fl.config import LoraOptions, TuneConfig
-from offsite_fl.data.examples import split_examples, to_examples
+from offsite_fl.config import LoraOptions, LossOn, TuneConfig
+from offsite_fl.data.by_task import classes_of, examples_for, has_labels
+from offsite_fl.data.examples import split_examples
+from offsite_fl.data.labels import Classes
 from offsite_fl.data.loader import make_loader, pad_id_of
 from offsite_fl.data.sources import Source
 from offsite_fl.data_owner import DataOwner, network_of, tune_adapter
 from offsite_fl.emulators import Batch, Context, Emulator, EmulatorMethod, parse_emulator, start
 from offsite_fl.emulators.report import EmulatorReport, emulator_report, private_network
-from offsite_fl.errors import ModelError, SplitError, UpdateError
+from offsite_fl.errors import BundleError, ModelError, SplitError, UpdateError
+from offsite_fl.heads import nearest_class_mean_head
 from offsite_fl.models.blocks import Blocks, block_list, find_blocks
+from offsite_fl.models.head import HEAD, Head, choose_head, head_parameters, refuse_lora
 from offsite_fl.models.load import load_model
 from offsite_fl.models.network import (
     NetworkPlan,
@@ -39,7 +43,9 @@ from offsite_fl.models.network import (
     shared_tensors,
 )
 from offsite_fl.models.plug import adapter_tensors, plug_in, swapped_in
+from offsite_fl.models.processors import Processor, check_processor, need_tokenizer
 from offsite_fl.models.split import Split
+from offsite_fl.models.tasks import CLASSIFICATION
 from offsite_fl.repair import Repair
 from offsite_fl.tuning.dtypes import resolve_device
 from offsite_fl.tuning.lora import add_lora, merge_lora, target_weights
@@ -57,20 +63,28 @@ class ModelOwner:
     def __init__(
         self,
         model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
+        processor: Processor,
         split: Split | None = None,
         *,
         task: str | None = None,
+        head: Head = "auto",
     ) -> None:
-        """Check that ``model`` can be cut at ``split`` and rebuilt by a data owner; ``task`` None goes by its class."""
+        """Check that ``model`` can be cut at ``split`` and rebuilt by a data owner; ``task`` None goes by its class.
+
+        ``processor`` is the model's tokenizer, or its image processor. ``head``: what is trained outside the blocks; by
+        default a classifier's own, and nothing for all other models (:func:`~offsite_fl.models.head.choose_head`).
+        """
         if hasattr(model, "peft_config"):
             raise ModelError(
                 "the model is wrapped by PEFT, and its factors can't leave as blocks: merge them first, by "
                 "model.merge_and_unload()"
             )
-        self.model, self.tokenizer, self.task = model.eval(), tokenizer, known_task(model, task)
+        self.model, self.processor, self.task = model.eval(), processor, known_task(model, task)
         self.split = split or Split()
         self.blocks: Blocks = find_blocks(model)
+        self.head = choose_head(model, self.blocks.path, self.task, head)
+        if self.task in CLASSIFICATION:
+            check_processor(processor, self.task)
         self.adapter_indices: tuple[int, ...] = self.split.resolve(self.blocks.depth)
         self.report: EmulatorReport | None = None
         self.emulator = ""
@@ -80,16 +94,38 @@ class ModelOwner:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, split: Split | None = None, *, task: str | None = None, device: str | None = None
+        cls,
+        path: str | Path,
+        split: Split | None = None,
+        *,
+        task: str | None = None,
+        head: Head = "auto",
+        device: str | None = None,
     ) -> ModelOwner:
         """Load a full model from a folder, a hub id, or ``"smollm2"`` (the one that a Python package ships).
 
         ``task`` is a key of :data:`~offsite_fl.models.tasks.TASKS`; None takes the one that the folder's config names.
         The emulator is made on ``device`` (None: CUDA or MPS where there is one, else the CPU).
         """
-        model, tokenizer = load_model(path, task)
+        model, processor = load_model(path, task)
         module: nn.Module = model
-        return cls(module.to(resolve_device(TuneConfig(device=device))), tokenizer, split, task=task)
+        return cls(module.to(resolve_device(TuneConfig(device=device))), processor, split, task=task, head=head)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer; ``ModelError`` if it is one for images."""
+        return need_tokenizer(self.processor)
+
+    @property
+    def classes(self) -> Classes | None:
+        """The classes of a classifier; None for all other models."""
+        return classes_of(self.task, self.model.config)
+
+    def examples(self, source: Source, block_size: int, loss_on: LossOn = "all", *, labelled: bool = True) -> Dataset:
+        """What ``source`` holds for this model; see :func:`offsite_fl.data.by_task.examples_for`."""
+        return examples_for(
+            self.task, source, self.processor, self.classes, block_size=block_size, loss_on=loss_on, labelled=labelled
+        )
 
     # What leaves the house -------------------------------------------------------------------------------------
 
@@ -126,7 +162,7 @@ class ModelOwner:
         built = method.compress(start(context), context)
         self.report = emulator_report(built, context, seconds=round(time.perf_counter() - began, 2))
         plan = self._plan(built)
-        bundle = write_bundle(out, plan, self._tensors(built, plan, dtype), self.tokenizer, shard_bytes=shard_bytes)
+        bundle = write_bundle(out, plan, self._tensors(built, plan, dtype), self.processor, shard_bytes=shard_bytes)
         self.report = replace(self.report, bytes=_emulator_bytes(bundle))  # as written: ``dtype`` may have cast them
         self.emulator = str(method)
         self._map(built, bundle).save(bundle.path)
@@ -149,6 +185,7 @@ class ModelOwner:
             blocks=self.blocks,
             adapter=self.adapter_indices,
             middle=self.split.middle(self.blocks.depth),
+            head=self.head,
             calibration=fit,
             validation=held_out,
             device=str(next(self.model.parameters()).device),
@@ -162,26 +199,60 @@ class ModelOwner:
     ) -> tuple[tuple[Batch, ...], tuple[Batch, ...]]:
         if source is None:
             return (), ()
-        examples = to_examples(source, self.tokenizer, block_size=block_size)
+        examples = self.examples(source, block_size, labelled=self._labelled(source))
         examples = examples.select(range(min(len(examples), max(2, tokens // block_size))))
         fit, held_out = split_examples(examples, 1 / 8, seed)
         return self._loaded(fit), self._loaded(held_out)
 
+    def set_nearest_mean_head(self, source: Source, *, block_size: int = 128, scale: float | None = None) -> None:
+        """Begin with a nearest-class-mean head, from a few labelled public examples of each class.
+
+        It is what a classifier's "full zero-shot" row measures, and what the data owners start from; see
+        :func:`offsite_fl.heads.nearest_class_mean_head`. ``UpdateError`` once a bundle with another head is out.
+        """
+        if self.bundle is not None:
+            raise UpdateError("the bundle that was handed out has another head: set the head before make_bundle()")
+        batches = self._loaded(self.examples(source, block_size))
+        nearest_class_mean_head(self.model, batches, self.head, scale)
+        self._handed_out = self.adapter()
+
+    def take_handed_out_head(self) -> None:
+        """Put the head that was handed out into the full model: where that was made for the bundle, no file has it."""
+        self._handed_out_bundle()
+        with torch.no_grad():
+            for name, parameter in head_parameters(self.model, self.head).items():
+                parameter.copy_(self._handed_out[name])
+
+    def _labelled(self, source: Source) -> bool:
+        """Whether a classifier's calibration set tells classes, which methods that need a gradient ask for."""
+        return self.task not in CLASSIFICATION or has_labels(source)
+
     def _loaded(self, examples: Dataset | None) -> tuple[Batch, ...]:
-        return tuple(make_loader(examples, 8, pad_id=pad_id_of(self.tokenizer))) if examples is not None else ()
+        return (
+            tuple(make_loader(examples, 8, pad_id=pad_id_of(self.processor), labelled=False))
+            if examples is not None
+            else ()
+        )
 
     def _plan(self, emulator: Emulator) -> NetworkPlan:
         modules = [block.module for block in emulator.blocks]
         origins = [block.origin for block in emulator.blocks]
         return plan_network(
-            self.model, self.blocks, self.adapter_indices, emulator.layout, modules, origins, task=self.task
+            self.model,
+            self.blocks,
+            self.adapter_indices,
+            emulator.layout,
+            modules,
+            origins,
+            task=self.task,
+            head=self.head,
         )
 
     def _tensors(
         self, emulator: Emulator, plan: NetworkPlan, dtype: torch.dtype | None = None
     ) -> dict[str, torch.Tensor]:
         """Everything that leaves, under slot names: adapter blocks, emulator blocks, tensors outside the blocks."""
-        tensors = shared_tensors(self.model, self.blocks)
+        tensors = shared_tensors(self.model, self.blocks, self.head)
         for prefix, module in self._parts(emulator):
             tensors |= {prefix + name: tensor for name, tensor in module.state_dict().items()}
         if dtype is None:
@@ -203,6 +274,7 @@ class ModelOwner:
             for (prefix, module), index in zip(self._parts(emulator), sources, strict=True)
             for name in module.state_dict()
         }
+        slots |= {name: name.removeprefix(HEAD) for name in head_parameters(self.model, self.head)}
         return OwnerMap(
             digest=bundle.digest,
             blocks_path=self.blocks.path,
@@ -215,7 +287,7 @@ class ModelOwner:
         )
 
     def _adapter_paths(self) -> tuple[str, ...]:
-        return tuple(f"{self.blocks.path}.{index}." for index in self.adapter_indices)
+        return (*(f"{self.blocks.path}.{index}." for index in self.adapter_indices), *self.head)
 
     def use_bundle(self, path: str | Path | Bundle) -> Bundle:
         """Take up a bundle that this owner made earlier; its map must fit this model and split."""
@@ -224,6 +296,8 @@ class ModelOwner:
         note.check(digest=bundle.digest, model=self.model.state_dict())
         if note.adapter != self.adapter_indices:
             raise SplitError(f"the bundle was made with split {note.split}, this owner has {self.split}")
+        if bundle.plan.head != self.head:
+            raise BundleError(f"the bundle was made with head {bundle.plan.head}, this owner has {self.head}")
         self._remember(bundle)
         self.emulator, self.report = note.emulator, EmulatorReport.from_json(note.report)
         return bundle
@@ -245,13 +319,14 @@ class ModelOwner:
 
     def adapter(self) -> dict[str, torch.Tensor]:
         """Copies of the adapter's values in the full model by slot name, fp32 on the CPU."""
-        live = adapter_tensors(self.model, self.blocks, self.adapter_indices)
+        live = adapter_tensors(self.model, self.blocks, self.adapter_indices, self.head)
         return {name: p.detach().float().cpu().clone() for name, p in live.items()}
 
     def initial_state(self, lora: LoraOptions | None = None, seed: int = 0) -> dict[str, torch.Tensor]:
         """What a federation starts from: the handed-out adapter, or fresh LoRA factors (B zero, so nothing changes)."""
         if lora is None:
             return dict(self._handed_out)
+        refuse_lora(self.head, lora)
         inside = add_lora(self._adapter_copies(), lora, seed)
         return {name: p.detach().float().cpu().clone() for name, p in inside.parameters().items()}
 
@@ -266,6 +341,7 @@ class ModelOwner:
 
         With a ``repair``, that is taken out of the change.
         """
+        refuse_lora(self.head, lora)
         values = dict(tensors) if lora is None else merge_lora(self._adapter_copies(), tensors, lora)
         return values if repair is None else repair.taken_out(values, self._handed_out)
 
@@ -288,12 +364,12 @@ class ModelOwner:
         """
         bundle = self._handed_out_bundle()
         config = replace(config, validation_share=0.0, patience=None, schedule_offset=0, lora_fresh=False)
-        examples = to_examples(public, self.tokenizer, block_size=config.block_size, loss_on=config.loss_on)
+        examples = self.examples(public, config.block_size, config.loss_on)
         on_emulator = DataOwner.open(bundle, config.frozen_dtype, config.device).tune(examples, config)
         context = self.context()
         # The values that were handed out, since the owner's model may have an update plugged in by now.
         network, plan = private_network(start(context), context, self._handed_out)
-        pad_id = pad_id_of(self.tokenizer)
+        pad_id = pad_id_of(self.processor)
         on_full = tune_adapter(network, plan, examples, config, pad_id=pad_id)
         ours = self.adapter_values(on_emulator.tensors, config.lora)
         theirs = self.adapter_values(on_full.tensors, config.lora)
@@ -319,7 +395,7 @@ class ModelOwner:
                     f"{self.bundle.digest[:12]}"
                 )
         values = self.adapter_values(update.tensors, update.lora, repair)
-        plug_in(self.model, self.blocks, self.adapter_indices, values)
+        plug_in(self.model, self.blocks, self.adapter_indices, values, self.head)
 
     @contextmanager
     def plugged_in(
@@ -327,15 +403,15 @@ class ModelOwner:
     ) -> Iterator[nn.Module]:
         """The full model with ``tensors`` plugged in for the length of a ``with`` block; then as before to the bit."""
         values = self.adapter_values(tensors, lora, repair)
-        with swapped_in(self.model, self.blocks, self.adapter_indices, values):
+        with swapped_in(self.model, self.blocks, self.adapter_indices, values, self.head):
             yield self.model
 
     def save(self, folder: str | Path) -> Path:
-        """Write the full model as it is now, with its tokenizer, as an ordinary Hugging Face folder."""
+        """Write the full model as it is now, with its tokenizer or image processor, as a Hugging Face folder."""
         folder = Path(folder)
         model: Any = self.model
         model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
         return folder
 
 

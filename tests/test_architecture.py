@@ -27,6 +27,7 @@ RANKS = {
     "evaluation": 5,
     "emulators": 6,
     "tuning": 6,
+    "heads": 6,
     "bundle": 7,
     "wire": 7,
     "data_owner": 8,
@@ -38,6 +39,7 @@ RANKS = {
     "measure": 10,
     "choosing": 11,
     "strategies": 11,
+    "apps": 12,
     "comparing": 12,
     "cli": 13,
     "offsite_fl": 14,  # the package's own __init__: a facade over everything, so nothing inside may import it

@@ -116,6 +116,15 @@ def test_after_one_answer_right_and_wrong_guesses_get_the_same_one(owner: ModelO
     assert again.asks([], 12) == "" and again.train() == ""  # what asks nothing isn't refused
 
 
+def test_no_message_moves_what_a_site_remembers(owner: ModelOwner, tmp_path: Path) -> None:
+    """Where that lies is the operator's to say: a message with the same keys gets no second answer."""
+    server = Hostile(owner, two_sites(tmp_path)[500])
+    assert server.asks([(4, 5)], 2) == ""
+    told = {"state-dir": str(tmp_path / "else"), "cache-dir": str(tmp_path / "else"), names.PATCH: server.patch.digest}
+    elsewhere = server.train(tune=replace(TUNE, block_size=3), config=told)
+    assert "OtherPublicText" in elsewhere and not (tmp_path / "else").exists()
+
+
 def test_a_site_that_is_called_by_its_node_s_number_stays_the_same_site(owner: ModelOwner, tmp_path: Path) -> None:
     node = {key: value for key, value in two_sites(tmp_path)[500].items() if key != "name"}
     server = Hostile(owner, node)

@@ -17,7 +17,8 @@ class Limits:
 
     ``max_bytes`` bounds the whole folder, ``max_file_bytes`` one shard, ``max_header_bytes`` the header of one shard,
     ``max_dim`` one dimension of a tensor and every integer of the network plan, ``max_blocks`` its numbers of layers,
-    ``max_parts`` its other counts (heads, experts, labels), ``max_depth`` how deep the manifest's JSON is nested.
+    ``max_parts`` its other counts (heads, experts, labels), ``max_image_side`` the sides in pixels of the images that
+    an image processor makes, ``max_depth`` how deep the manifest's JSON is nested.
     """
 
     max_bytes: int = 256 * GIB
@@ -32,6 +33,7 @@ class Limits:
     max_dim: int = 2**24
     max_blocks: int = 1024
     max_parts: int = 4096
+    max_image_side: int = 4096
     max_depth: int = 24
 
     def __post_init__(self) -> None:

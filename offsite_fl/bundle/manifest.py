@@ -12,10 +12,12 @@ from typing import Any
 
 from offsite_fl.version import __version__
 
-FORMAT_VERSION = 1
+# 2: a head that is trained, or an image processor. Bundles without either are still written as 1.
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 KINDS = ("adapter", "emulator", "shared")
 TOKENIZER_CONFIG = "tokenizer/tokenizer_config.json"
+PROCESSOR_CONFIG = "processor/preprocessor_config.json"
 
 # The names safetensors gives its dtypes, and their width in bytes. Closed: anything else is refused.
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "I16": 2, "I32": 4, "I64": 8, "BOOL": 1}
@@ -62,7 +64,13 @@ class Manifest:
     shards: tuple[ShardEntry, ...]
     files: tuple[FileEntry, ...]
     library_version: str = __version__
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
+
+    @property
+    def processor_config(self) -> str:
+        """The file that says which tokenizer or image processor there is."""
+        held = {entry.file for entry in self.files}
+        return PROCESSOR_CONFIG if PROCESSOR_CONFIG in held else TOKENIZER_CONFIG
 
     def to_bytes(self) -> bytes:
         """Canonical JSON: sorted keys, no spaces, UTF-8, one form for one content."""

@@ -15,6 +15,7 @@ import torch
 from offsite_fl.bundle.files import write_synced
 from offsite_fl.bundle.manifest import MANIFEST, is_digest, show
 from offsite_fl.errors import BundleError
+from offsite_fl.models.head import is_head
 
 FORMAT_VERSION = 1
 SUFFIX = ".owner.json"
@@ -76,7 +77,8 @@ class OwnerMap:
         """Check that the map belongs to the bundle ``digest`` and to the full model with state dict ``model``."""
         if digest is not None and digest != self.digest:
             raise BundleError(f"the owner map is for bundle {self.digest}, not for {digest}")
-        adapter = tuple(f"{self.blocks_path}.{index}." for index in self.adapter)
+        inside = tuple(f"{self.blocks_path}.{index}." for index in self.adapter)
+        adapter = (*inside, *(path for slot, path in self.slots.items() if is_head(slot)))
         if model is not None and fingerprint(model, adapter) != self.fingerprint:
             raise BundleError(
                 "the owner map was made for another full model: names, shapes, dtypes or frozen values of the tensors "

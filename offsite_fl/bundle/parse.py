@@ -16,6 +16,7 @@ from offsite_fl.bundle.manifest import (
     DTYPE_BYTES,
     FORMAT_VERSION,
     MANIFEST,
+    PROCESSOR_CONFIG,
     TOKENIZER_CONFIG,
     FileEntry,
     Manifest,
@@ -31,8 +32,10 @@ from offsite_fl.sizes import human_bytes
 from offsite_fl.version import __version__
 
 _SHARD = re.compile(r"shards/(adapter|emulator|shared)-[0-9]{5}\.safetensors")
-_TOKENIZER_FILE = re.compile(r"tokenizer/[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\.(?:json|txt|model|jinja)")
-_SLOT = re.compile(r"(?:(?:adapter|emulator)\.[0-9]{1,6}|shared)(?:\.[A-Za-z0-9_-]{1,100}){1,40}")
+_TOKENIZER_FILE = re.compile(
+    r"tokenizer/[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\.(?:json|txt|model|jinja)|processor/preprocessor_config\.json"
+)
+_SLOT = re.compile(r"(?:(?:adapter|emulator)\.[0-9]{1,6}|adapter\.head|shared)(?:\.[A-Za-z0-9_-]{1,100}){1,40}")
 _KEYS = {
     "manifest": {"format_version", "library_version", "plan", "shards", "files"},
     "shard": {"file", "kind", "bytes", "sha256", "tensors"},
@@ -218,5 +221,11 @@ class _Reader:
             raise self.fail(f"{len(self.slots)} tensors are declared, the limit is {self.limits.max_tensors}")
         total = sum(entry.bytes for entry in manifest.entries())
         self.size(total, "the whole bundle", self.limits.max_bytes)
-        if TOKENIZER_CONFIG not in names:
-            raise self.fail(f"the tokenizer is missing: {TOKENIZER_CONFIG} isn't listed in the manifest")
+        if PROCESSOR_CONFIG in names:
+            if len(manifest.files) > 1:
+                raise self.fail(f"{PROCESSOR_CONFIG} must be the only file beside the shards, without a tokenizer")
+        elif TOKENIZER_CONFIG not in names:
+            raise self.fail(
+                f"the tokenizer is missing, or the image processor: neither {TOKENIZER_CONFIG} nor {PROCESSOR_CONFIG} "
+                "is listed in the manifest"
+            )

@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from offsite_fl.bundle.files import read_plain
 from offsite_fl.bundle.limits import Limits
 from offsite_fl.bundle.manifest import KINDS, MANIFEST, FileEntry, Manifest, ShardEntry, digest_of
 from offsite_fl.bundle.parse import read_manifest
-from offsite_fl.bundle.verify import check_plan, check_tokenizer, verify_files
+from offsite_fl.bundle.verify import check_plan, check_processor_files, verify_files
 from offsite_fl.errors import BundleError
 from offsite_fl.models.network import NetworkPlan
+from offsite_fl.models.processors import Processor, need_tokenizer, open_processor
 
 
 class BundleTensors(Mapping[str, torch.Tensor]):
@@ -53,7 +54,7 @@ class BundleTensors(Mapping[str, torch.Tensor]):
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle on disk: adapter, emulator, shared tensors and tokenizer, under one ``digest``.
+    """A verified bundle on disk under one ``digest``: adapter, emulator, shared tensors, tokenizer or image processor.
 
     Made by :func:`open_bundle`, ``write_bundle`` or the cache; a bundle from the cache isn't evicted while this object
     or its tensors are alive.
@@ -71,14 +72,16 @@ class Bundle:
         return BundleTensors(self.path, self.manifest.shards, self.lease)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, from the bundle's own files; nothing is fetched and no foreign code runs."""
+        """The tokenizer; ``ModelError`` if there is an image processor instead."""
+        return need_tokenizer(self.processor())
+
+    def processor(self) -> Processor:
+        """The tokenizer or image processor, from the bundle's own files; nothing is fetched, no foreign code runs."""
+        folder = self.manifest.processor_config.partition("/")[0]
         try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                str(self.path / "tokenizer"), local_files_only=True, trust_remote_code=False
-            )
+            return open_processor(str(self.path / folder), self.plan.task, local_files_only=True)
         except Exception as error:  # foreign files reach many parsers; all their complaints mean the same here
-            raise BundleError(f"bundle {self.path}: transformers can't read the tokenizer: {error}") from error
-        return tokenizer
+            raise BundleError(f"bundle {self.path}: transformers can't read the {folder}: {error}") from error
 
     def files(self) -> list[tuple[str, int, str]]:
         """``(relative name, bytes, sha256)`` of every file, the manifest first: what a receiver needs."""
@@ -97,7 +100,7 @@ class Bundle:
         return data
 
     def bytes_by_kind(self) -> dict[str, int]:
-        """Bytes on disk by kind: ``adapter``, ``emulator``, ``shared``, and ``other`` (manifest and tokenizer)."""
+        """Bytes on disk by kind: ``adapter``, ``emulator``, ``shared``, and ``other`` (manifest, tokenizer...)."""
         sizes = dict.fromkeys((*KINDS, "other"), 0)
         for shard in self.manifest.shards:
             sizes[shard.kind] += shard.bytes
@@ -152,6 +155,6 @@ def open_bundle(
         raise BundleError(f"{where} has digest {digest_of(data)}, expected {digest}: it isn't the bundle asked for")
     manifest = read_manifest(data, limits, where)
     verify_files(folder, manifest, limits, where, hashes=verify)
-    check_tokenizer(folder, manifest, where)
+    check_processor_files(folder, manifest, limits, where)
     plan = check_plan(manifest, limits, where)
     return Bundle(folder, digest_of(data), manifest, plan, len(data), lease)

@@ -13,12 +13,13 @@ import torch
 
 from offsite_fl.bundle.files import plain_size, read_plain, sha256_of
 from offsite_fl.bundle.limits import Limits
-from offsite_fl.bundle.manifest import FLOAT_DTYPES, MANIFEST, TOKENIZER_CONFIG, Manifest, TensorEntry, show
+from offsite_fl.bundle.manifest import FLOAT_DTYPES, MANIFEST, PROCESSOR_CONFIG, Manifest, TensorEntry, show
 from offsite_fl.bundle.shards import check_shard
 from offsite_fl.errors import BundleError, ModelError
 from offsite_fl.models.network import NetworkPlan, TensorSpec, expected_tensors
+from offsite_fl.models.processors import IMAGE_TASKS, TYPE_KEY, known_image_processors
 
-FOLDERS = ("shards", "tokenizer")
+FOLDERS = ("shards", "tokenizer", "processor")
 DTYPE_NAMES = {
     torch.float32: "F32",
     torch.float16: "F16",
@@ -72,21 +73,39 @@ def _found(folder: Path, where: str) -> Iterator[str]:
             yield entry.name
 
 
-def check_tokenizer(folder: Path, manifest: Manifest, where: str) -> None:
-    """Check that the tokenizer's configuration is JSON and points to nothing outside the bundle."""
+def check_processor_files(folder: Path, manifest: Manifest, limits: Limits, where: str) -> None:
+    """Check that the tokenizer's or image processor's configuration is JSON and points to nothing outside the bundle.
+
+    An image processor must be one of transformers' own and make images of no more than ``limits.max_image_side``.
+    """
+    name = manifest.processor_config
     sizes = {entry.file: entry.bytes for entry in manifest.files}
-    data = read_plain(folder / TOKENIZER_CONFIG, sizes[TOKENIZER_CONFIG], where)
+    data = read_plain(folder / name, sizes[name], where)
     try:
         config = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{where}: {TOKENIZER_CONFIG} isn't JSON: {show(str(error))}") from error
+        raise BundleError(f"{where}: {name} isn't JSON: {show(str(error))}") from error
     if not isinstance(config, dict):
-        raise BundleError(f"{where}: {TOKENIZER_CONFIG} must hold a JSON object")
+        raise BundleError(f"{where}: {name} must hold a JSON object")
     outward = outward_keys(config)
     if outward:
-        raise BundleError(
-            f"{where}: {TOKENIZER_CONFIG} carries {show(outward[0])}, which points to other files or code"
-        )
+        raise BundleError(f"{where}: {name} carries {show(outward[0])}, which points to other files or code")
+    if name == PROCESSOR_CONFIG:
+        _check_image_processor(config, limits, where)
+
+
+def _check_image_processor(config: dict[str, Any], limits: Limits, where: str) -> None:
+    kind = config.get(TYPE_KEY)
+    if not isinstance(kind, str) or kind not in known_image_processors():
+        raise BundleError(f"{where}: {TYPE_KEY} {show(kind)} is no image processor of transformers")
+    for key, value in config.items():
+        if "size" not in key:
+            continue
+        for side in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(side, (int, float)) and not abs(side) <= limits.max_image_side:
+                raise BundleError(
+                    f"{where}: the image processor has {show(key)} = {show(side)}, the limit is {limits.max_image_side}"
+                )
 
 
 def check_plan(manifest: Manifest, limits: Limits, where: str) -> NetworkPlan:
@@ -102,6 +121,14 @@ def check_plan(manifest: Manifest, limits: Limits, where: str) -> NetworkPlan:
         text = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
         raise BundleError(f"{where} describes a network that can't be built here: {text}") from error
     check_tensors(manifest.tensors(), expected, where)
+    images = plan.task in IMAGE_TASKS
+    if images != (manifest.processor_config == PROCESSOR_CONFIG):
+        raise BundleError(
+            f"{where} is for {plan.task} and comes with {manifest.processor_config}: models for images need an image "
+            "processor, all others a tokenizer"
+        )
+    if (plan.head or images) and manifest.format_version < 2:
+        raise BundleError(f"{where} has format 1, which knows neither a head nor images: it must be 2")
     return plan
 
 

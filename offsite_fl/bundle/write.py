@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
 
 from offsite_fl.bundle.files import discard, plain_size, sha256_of, sync_tree
 from offsite_fl.bundle.limits import Limits
 from offsite_fl.bundle.manifest import (
     DTYPE_BYTES,
+    FORMAT_VERSION,
     KINDS,
     MANIFEST,
+    PROCESSOR_CONFIG,
     FileEntry,
     Manifest,
     ShardEntry,
@@ -31,6 +34,7 @@ from offsite_fl.bundle.read import Bundle, open_bundle
 from offsite_fl.bundle.verify import DTYPE_NAMES, FOLDERS, check_tensors, outward_keys
 from offsite_fl.errors import BundleError
 from offsite_fl.models.network import NetworkPlan, expected_tensors
+from offsite_fl.models.processors import TYPE_KEY, Processor, known_image_processors
 from offsite_fl.sizes import MIB, parse_bytes
 
 SHARD_BYTES = 256 * MIB
@@ -44,12 +48,12 @@ def write_bundle(
     out: str | os.PathLike[str],
     plan: NetworkPlan,
     tensors: Mapping[str, torch.Tensor],
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Processor,
     *,
     shard_bytes: int | str = SHARD_BYTES,
     dtype: torch.dtype | None = None,
 ) -> Bundle:
-    """Write the network of ``plan`` with ``tensors`` and ``tokenizer`` into the folder ``out`` and open it.
+    """Write the network of ``plan`` with ``tensors`` and ``processor`` into the folder ``out`` and open it.
 
     ``out`` appears whole or not at all: everything is written into a folder beside it, verified as a data owner would
     verify it, and renamed. An existing bundle at ``out`` is replaced; any other folder with content is refused.
@@ -63,8 +67,9 @@ def write_bundle(
     tensors
         Slot name to tensor, on any device. A second name for the storage of a tensor that is written anyway (a tied
         head) is left out when the network doesn't ask for it. At most one shard is copied at a time.
-    tokenizer
-        Saved in its own format, without the name or path that it was loaded from.
+    processor
+        The tokenizer, or the image processor of a model for images, saved in its own format, without the name or path
+        that it was loaded from.
     shard_bytes
         Bound of one shard; a larger tensor gets a shard of its own. An int or text like ``"256MB"``.
     dtype
@@ -88,8 +93,9 @@ def write_bundle(
     stage.mkdir()
     try:
         shards = [_write_shard(stage, *part, tensors, wanted) for part in _parts(wanted, bound)]
-        files = _write_tokenizer(stage, tokenizer)
-        data = Manifest(plan.to_json(), tuple(shards), tuple(files)).to_bytes()
+        files = _write_processor(stage, processor)
+        form = FORMAT_VERSION if plan.head or files[0].file == PROCESSOR_CONFIG else 1
+        data = Manifest(plan.to_json(), tuple(shards), tuple(files), format_version=form).to_bytes()
         (stage / MANIFEST).write_bytes(data)
         sync_tree(stage)
         bundle = open_bundle(stage, limits=_generous(wanted), digest=digest_of(data))
@@ -192,6 +198,26 @@ def _write_shard(
     path.parent.mkdir(exist_ok=True)
     save_file(copies, path)
     return ShardEntry(name, plain_size(path, str(stage)), sha256_of(path, str(stage)), kind, entries)
+
+
+def _write_processor(stage: Path, processor: Processor) -> list[FileEntry]:
+    if isinstance(processor, BaseImageProcessor):
+        return [_write_image_processor(stage, processor)]
+    return _write_tokenizer(stage, processor)
+
+
+def _write_image_processor(stage: Path, processor: BaseImageProcessor) -> FileEntry:
+    config = json.loads(processor.to_json_string())
+    # The backend is each party's own business: files name the class without it.
+    config[TYPE_KEY] = type(processor).__name__.removesuffix("Pil").removesuffix("Fast")
+    if config[TYPE_KEY] not in known_image_processors():
+        raise BundleError(f"{type(processor).__name__} is no image processor of transformers: a bundle can't carry it")
+    for key in [*outward_keys(config), *(k for k in config if k in _ORIGIN_KEYS or k.startswith("_"))]:
+        config.pop(key, None)
+    path = stage / PROCESSOR_CONFIG
+    path.parent.mkdir()
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return FileEntry(PROCESSOR_CONFIG, plain_size(path, str(stage)), sha256_of(path, str(stage)))
 
 
 def _write_tokenizer(stage: Path, tokenizer: PreTrainedTokenizerBase) -> list[FileEntry]:

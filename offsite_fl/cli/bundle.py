@@ -11,7 +11,7 @@ import typer
 from offsite_fl.cli.contents import contents, print_contents
 from offsite_fl.cli.files import check_writable
 from offsite_fl.cli.output import AsJson, Stages, emit, line, result
-from offsite_fl.cli.settings import DTYPES, dtype_of
+from offsite_fl.cli.settings import DTYPES, dtype_of, head_of
 from offsite_fl.cli.spread import SpreadSplit, cut_of, provisional_split, split_owner
 from offsite_fl.errors import ConfigError
 
@@ -44,6 +44,20 @@ def bundle(
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(min=1, help="How much of it is used.")] = 8192,
     block_size: Annotated[int, typer.Option(min=2, help="Tokens in an example of it.")] = 128,
+    head: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|none|PATH,...",
+            help="What is trained outside the blocks: a classifier's head, nothing, or these parameters or modules.",
+        ),
+    ] = "auto",
+    class_means: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Labelled public examples of each class: begin with the nearest-class-mean head that they make.",
+        ),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help=f"Of emulator and shared tensors in the files: {', '.join(DTYPES)}.")
     ] = None,
@@ -55,7 +69,8 @@ def bundle(
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is in DIR, and its map.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compress the model's middle and write a bundle: adapter, emulator, shared tensors, tokenizer.
+    """Compress the model's middle and write a bundle: adapter, emulator, shared tensors, and the tokenizer or image
+    processor.
 
     MODEL is a folder as Hugging Face writes it, a hub id, or smollm2 (the model that comes in a Python package).
 
@@ -83,7 +98,10 @@ def bundle(
                 "or --force to replace it"
             )
     with stages(f"opening {model}"):
-        owner = ModelOwner.from_pretrained(model, provisional_split() if isinstance(cut, SpreadSplit) else cut)
+        provisional = provisional_split() if isinstance(cut, SpreadSplit) else cut
+        owner = ModelOwner.from_pretrained(model, provisional, head=head_of(head))
+        if class_means is not None:
+            owner.set_nearest_mean_head(class_means, block_size=block_size)
     if isinstance(cut, SpreadSplit):
         with stages(f"placing the adapter: {cut}"):
             owner = split_owner(owner, cut, method, calibration, calibration_tokens, block_size, seed)

@@ -28,6 +28,12 @@ def compare(
     ] = None,
     parallel: Annotated[int, typer.Option(min=1, help="Flower runs side by side, which share the cores.")] = 1,
     gpus_per_client: Annotated[float, typer.Option(min=0.0, help="Share of a GPU that a client takes.")] = 0.0,
+    tracker: Annotated[
+        str, typer.Option(metavar="NAME", help="tensorboard or mlflow: each measured cell becomes a run there.")
+    ] = "",
+    tracking: Annotated[
+        str, typer.Option(metavar="WHERE", help="Its folder, for mlflow also an address (FOLDER/tracking).")
+    ] = "",
     show: Annotated[bool, typer.Option("--list", help="Print the cells and which are done, and leave.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -39,21 +45,26 @@ def compare(
     from offsite_fl.comparing.run import Comparison
     from offsite_fl.comparing.settings import read_grid
     from offsite_fl.evaluation.plots import require_matplotlib
+    from offsite_fl.evaluation.tracking import check_tracker
 
     folder = out or Path("runs") / f"compare-{grid.stem}"
     check_writable(folder / "compare.json")
     require_matplotlib()  # before the long work, which would have no page
+    check_tracker(tracker, tracking)
     comparison = Comparison(read_grid(grid), folder)
     if show:
         _list(comparison.states(), as_json)
         return
     _end_children_on(signal.SIGTERM)
-    measured = _run(comparison, parallel, gpus_per_client)
+    measured = _run(comparison, parallel, gpus_per_client, (tracker, tracking))
     _report(comparison, measured, as_json)
 
 
-def _run(comparison: Comparison, parallel: int, gpus_per_client: float) -> list[Measured]:
+def _run(comparison: Comparison, parallel: int, gpus_per_client: float, tracker: tuple[str, str]) -> list[Measured]:
+    from offsite_fl.comparing.tracking import CellTracker
+
     states = comparison.states()
+    track = CellTracker(comparison.places, *tracker)
     done = sum(state.measured is not None for state in states)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=rich.get_console(), transient=True) as bar:
@@ -64,6 +75,7 @@ def _run(comparison: Comparison, parallel: int, gpus_per_client: float) -> list[
             said = f"failed: {found.error}" if found.error else f"plug-in {last.plug_in:.3f}" if last else "no result"
             bar.console.print(line(f"{found.cell.label}: {said} ({found.seconds:.0f} s)"), soft_wrap=True)
             bar.advance(task)
+            track(found)
 
         return comparison.run(parallel, gpus_per_client, watch)
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 def contents(bundle: Bundle, note: OwnerMap | None) -> dict[str, Any]:
     """Everything worth telling about ``bundle``; with the owner's map also its share of the full model."""
+    from offsite_fl.models.processors import IMAGE_TASKS
+
     full = note.report.get("full_bytes") if note else None
     kinds = {}
     for kind, size in bundle.bytes_by_kind().items():
@@ -34,6 +36,9 @@ def contents(bundle: Bundle, note: OwnerMap | None) -> dict[str, Any]:
         "format_version": bundle.manifest.format_version,
         "library_version": bundle.manifest.library_version,
         "model_type": bundle.plan.config["model_type"],
+        "task": bundle.plan.task,
+        "head": list(bundle.plan.head),
+        "processor": "image processor" if bundle.plan.task in IMAGE_TASKS else "tokenizer",
         "bytes": bundle.total_bytes,
         "share_of_full_model": bundle.total_bytes / full if full else None,
         "kinds": kinds,
@@ -84,6 +89,8 @@ def print_contents(found: Mapping[str, Any], console: Console) -> None:
     """Print what :func:`contents` found: sizes by kind, the network's structure, and what only the owner knows."""
     console.print(line(f"bundle {found['bundle']}: verified"), soft_wrap=True)
     console.print(line(f"digest {found['digest']}"), soft_wrap=True)
+    head = f"trained head: {', '.join(found['head'])}" if found["head"] else "no tensor outside the blocks is trained"
+    console.print(line(f"for {found['task']}, with {found['processor']}; {head}"), soft_wrap=True)
     console.print(_kinds_table(found))
     console.print(_structure_table(found))
     if found["owner"]:

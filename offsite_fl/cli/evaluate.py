@@ -12,6 +12,7 @@ from offsite_fl.cli.files import check_writable
 from offsite_fl.cli.output import AsJson, Stages, emit, line, result
 from offsite_fl.cli.parties import open_owner, read_repair, read_update
 from offsite_fl.cli.plug import BundleOption, RepairOption
+from offsite_fl.cli.scoring import check_test, score_of, tested
 from offsite_fl.cli.settings import BatchSize, BlockSize, LossOn, Pairs, Seed, tune_settings
 from offsite_fl.config import TuneConfig, to_mapping
 
@@ -27,7 +28,17 @@ NO_UPDATE = "No update was given: the rows of tuning are those of the adapter as
 def evaluate(
     model: Model,
     bundle: BundleOption,
-    data: Annotated[Path, typer.Option(metavar="TEST", help="Held-out data, of a kind that `tune` takes.")],
+    data: Annotated[
+        Path | None, typer.Option(metavar="TEST", help="Held-out data, of a kind that `tune` takes.")
+    ] = None,
+    accuracy: Annotated[
+        bool, typer.Option("--accuracy", help="TEST is multiple choice (prompt, choices, answer): rows in accuracy.")
+    ] = False,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK", help="Rows in accuracy on tasks of lm-eval: a YAML file or a name, one or more."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask the first so many questions (of each task).")] = None,
     update: Annotated[Path | None, typer.Option(metavar="UPDATE", help="What came back from tuning.")] = None,
     repair: RepairOption = None,
     fine_tune: Annotated[
@@ -50,8 +61,10 @@ def evaluate(
     """Measure the five rows: full zero-shot, emulator zero-shot, emulator tuned, plug-in, full fine-tuning.
 
     MODEL is a folder, a hub id, or smollm2. Full fine-tuning takes time and is done if --fine-tune names its data.
+    Give --data, or --tasks in its place.
     """
     stages = Stages()
+    check_test(data, accuracy, tasks, limit)
     config = tune_settings(
         pairs, max_steps=steps, lr=lr, batch_size=batch_size, block_size=block_size, loss_on=loss_on, seed=seed
     )
@@ -66,19 +79,23 @@ def evaluate(
         opened = open_bundle(bundle)
         came, note = read_update(update, opened) if update else None, OwnerMap.load(opened.path)
         config, less = _with_steps(config, came), read_repair(repair, opened)
+        owner = open_owner(model, opened, note)
+        score = score_of(owner, data, accuracy, tasks, limit, config)
         measure = Measure(
-            open_owner(model, opened, note),
+            owner,
             data,
             block_size=config.block_size,
             batch_size=config.batch_size,
             max_tokens=max_tokens,
             loss_on=config.loss_on,
             progress=True,
+            score=score,
         )
         if fine_tune:
             measure.pooled(fine_tune)  # what is wrong with the data should be told now, not after four rows
     rows = five_rows(measure, came, fine_tune or [], config, stages, less)
     given: dict[str, Any] = {"model": model, "bundle": str(bundle), "update": update, "repair": repair, "data": data}
+    given |= {"tasks": tasks or []}
     report = RunReport(
         rows=rows,
         config=_plain(given | {"fine-tune": fine_tune or []}) | to_mapping(config, "tune."),
@@ -86,7 +103,7 @@ def evaluate(
         seeds={"full fine-tuning": config.seed} if fine_tune else {},
         seconds=stages.seconds,
         emulator={"spec": note.emulator, **note.report, "bundle_bytes": opened.bytes_by_kind()},
-        data={"held-out test": {"tokens": measure.tokens}},
+        data=tested(measure, score, rows),
         notes=_notes(came, bool(fine_tune), config, less),
     )
     if out is not None:

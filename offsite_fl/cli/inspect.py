@@ -46,11 +46,11 @@ def inspect(bundle: Either, digest: Digest = None, as_json: AsJson = False) -> N
 
 
 def _is_model(path: Path) -> bool:
-    """A folder with a config and no manifest, or the name of the packaged model; all else is meant to be a bundle."""
+    """A folder with a config and no manifest, or the name of a packaged model; all else is meant to be a bundle."""
     from offsite_fl.models.load import PACKAGED
 
     config, manifest = path / "config.json", path / "manifest.json"
-    return str(path) == PACKAGED or (config.is_file() and not manifest.exists())
+    return str(path) in PACKAGED or (config.is_file() and not manifest.exists())
 
 
 def _inspect_model(path: str, as_json: bool) -> None:

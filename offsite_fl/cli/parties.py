@@ -21,11 +21,13 @@ def open_owner(model: str, bundle: Bundle, note: OwnerMap) -> ModelOwner:
     from offsite_fl.models.split import Split
     from offsite_fl.owner import ModelOwner
 
-    loaded, tokenizer = load_model(model, bundle.plan.task)
+    loaded, processor = load_model(model, bundle.plan.task)
     # Before the split is tried on it: a wrong model should be called that.
     note.check(digest=bundle.digest, model=loaded.state_dict())
-    owner = ModelOwner(loaded, tokenizer, Split(at=note.adapter), task=bundle.plan.task)
+    plan = bundle.plan
+    owner = ModelOwner(loaded, processor, Split(at=note.adapter), task=plan.task, head=plan.head or "none")
     owner.use_bundle(bundle)
+    owner.take_handed_out_head()
     return owner
 
 

@@ -74,3 +74,8 @@ def dtype_of(name: str | None) -> torch.dtype | None:
         raise ConfigError(f"dtype {name!r} isn't possible; {near(name, DTYPES)}")
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def head_of(text: str) -> str | tuple[str, ...]:
+    """What ``--head`` says: "auto", "none", or the paths between its commas."""
+    return text if text in ("auto", "none") else tuple(part.strip() for part in text.split(",") if part.strip())

@@ -77,7 +77,7 @@ def split_owner(
 
     context = owner.context(calibration, tokens, block_size, seed, progress=True)
     found = spread_split(context, spread.keep, spread.adapter, _pooling(method))
-    return ModelOwner(owner.model, owner.tokenizer, found, task=owner.task)
+    return ModelOwner(owner.model, owner.processor, found, task=owner.task, head=owner.head or "none")
 
 
 def provisional_split() -> Split:

@@ -27,7 +27,11 @@ from offsite_fl.cli.settings import (
 def tune(
     bundle: Folder,
     data: Annotated[
-        Path, typer.Option(metavar="FILE", help="Your data: .jsonl, .json, .csv, .parquet or .txt. It stays here.")
+        Path,
+        typer.Option(
+            metavar="FILE",
+            help="Your data: .jsonl, .json, .csv, .parquet or .txt, or a folder of images. It stays here.",
+        ),
     ],
     out: Annotated[
         Path,
@@ -96,7 +100,8 @@ def tune(
     steps, losses = round(update.metrics["steps"]), [f"training loss {update.metrics['train-loss']:.4f}"]
     if "validation-loss" in update.metrics:
         losses.append(f"validation loss {update.metrics['validation-loss']:.4f}")
-    said = f"{update.num_examples} examples, {steps} steps, {', '.join(losses)} nats/token"
+    unit = "nats/token" if data_owner.classes is None else "nats/example"
+    said = f"{update.num_examples} examples, {steps} steps, {', '.join(losses)} {unit}"
     result().print(
         line(f"update {out}: {len(update.tensors)} tensors, {human_bytes(out.stat().st_size)}"), soft_wrap=True
     )

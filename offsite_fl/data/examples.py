@@ -10,6 +10,8 @@ import numpy as np
 from datasets import Dataset  # type: ignore[import-untyped,unused-ignore]
 from transformers import PreTrainedTokenizerBase
 
+from offsite_fl.data.choices import ChoiceColumns, read_questions
+from offsite_fl.data.contents import contents_of
 from offsite_fl.data.sources import Source, Table, read_table
 from offsite_fl.errors import ConfigError, DataError
 from offsite_fl.registry import near
@@ -22,11 +24,12 @@ _AT_ONCE = 1000
 
 @dataclass(frozen=True)
 class TextOptions:
-    """Names of the columns that hold plain text, or prompts and their answers."""
+    """Names of the columns that hold plain text, or prompts and their answers, and choices where there are any."""
 
     text: str = "text"
     prompt: str = "prompt"
     answer: str = "answer"
+    choices: str = "choices"
 
 
 def to_examples(
@@ -41,8 +44,9 @@ def to_examples(
 
     Plain text becomes blocks of exactly ``block_size`` tokens; documents follow each other with the end-of-sequence
     token between them, and a last block that isn't full is left out. A table with prompts and answers becomes one
-    example a row. One with both uses the pairs where ``loss_on="answer"`` and the text otherwise. A dataset that
-    already has ``input_ids`` and ``labels`` is taken as it is.
+    example a row. One with both uses the pairs where ``loss_on="answer"`` and the text otherwise. Where there are
+    ``choices`` too (multiple choice), the pair is the prompt and the right choice. A dataset that already has
+    ``input_ids`` and ``labels`` is taken as it is.
 
     Returns
     -------
@@ -104,7 +108,7 @@ def _packed(table: Table, tokenizer: PreTrainedTokenizerBase, block_size: int, c
 def _pairs(
     table: Table, tokenizer: PreTrainedTokenizerBase, block_size: int, loss_on: str, columns: TextOptions
 ) -> Dataset:
-    prompts, answers = table.text(columns.prompt), table.text(columns.answer)
+    prompts, answers = table.text(columns.prompt), _answers(table, columns)
     for row, answer in enumerate(answers):
         if not answer.strip():
             raise DataError(f"{table.where(row)}, column {columns.answer!r}: the answer is empty, must be text")
@@ -119,6 +123,13 @@ def _pairs(
         rows["input_ids"].append(context + target)
         rows["labels"].append((context if loss_on == "all" else [IGNORE] * len(context)) + target)
     return Dataset.from_dict(rows)
+
+
+def _answers(table: Table, columns: TextOptions) -> list[str]:
+    if columns.choices not in table.columns:
+        return table.text(columns.answer)
+    named = ChoiceColumns(columns.prompt, columns.choices, columns.answer)
+    return [question.right for question in read_questions(table, named)]
 
 
 def encode_pair(
@@ -168,9 +179,9 @@ def split_examples(examples: Dataset, share: float, seed: int) -> tuple[Dataset,
         raise ConfigError(f"validation-share must lie in [0, 1), got {share}")
     if share == 0:
         return examples, None
-    copies: dict[tuple[int, ...], list[int]] = {}
-    for row, ids in enumerate(examples["input_ids"]):
-        copies.setdefault(tuple(ids), []).append(row)
+    copies: dict[tuple[int, ...] | bytes, list[int]] = {}
+    for row, content in enumerate(contents_of(examples)):
+        copies.setdefault(content, []).append(row)
     groups = list(copies.values())
     if len(groups) < 2:
         raise DataError(f"{len(groups)} distinct example can't be split into training and validation; give more data")

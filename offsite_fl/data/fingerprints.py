@@ -8,20 +8,25 @@ import numpy as np
 import numpy.typing as npt
 from datasets import Dataset  # type: ignore[import-untyped,unused-ignore]
 
+from offsite_fl.data.contents import contents_of
+
 Fingerprints = npt.NDArray[np.uint64]
 
 
 def fingerprints(examples: Dataset) -> Fingerprints:
-    """The first eight bytes of the SHA-256 over each example's token ids, sorted, each once.
+    """The first eight bytes of the SHA-256 over each example's token ids or image, sorted, each once.
 
     Two different examples share one with a chance of 2**-64. Only equal examples do: the same text that is cut at
     another place, or by another tokenizer, isn't recognised.
     """
     every = {
-        int.from_bytes(hashlib.sha256(np.asarray(ids, dtype="<i8").tobytes()).digest()[:8], "little")
-        for ids in examples["input_ids"]
+        int.from_bytes(hashlib.sha256(_bytes(content)).digest()[:8], "little") for content in contents_of(examples)
     }
     return np.array(sorted(every), dtype=np.uint64)
+
+
+def _bytes(content: tuple[int, ...] | bytes) -> bytes:
+    return content if isinstance(content, bytes) else np.asarray(content, dtype="<i8").tobytes()
 
 
 def overlap(examples: Dataset, known: Fingerprints) -> int:

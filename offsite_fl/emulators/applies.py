@@ -6,10 +6,11 @@ from torch import nn
 
 from offsite_fl.models.blocks import Blocks, block_list
 from offsite_fl.models.linears import named_linears
-from offsite_fl.models.tasks import NEXT_TOKEN, task_of
+from offsite_fl.models.tasks import CLASSIFICATION, NEXT_TOKEN, task_of
 
-# Methods that take the model's next-token loss, or its gradient, on calibration text.
-BY_NEXT_TOKEN = frozenset({"distill", "gradient-match", "gradot", "loss-margin", "scaleot"})
+# Methods that take the model's loss, or its gradient, on calibration data; the second only that of the next token.
+BY_LOSS = frozenset({"distill", "gradient-match", "gradot", "loss-margin", "scaleot"})
+BY_NEXT_TOKEN = frozenset({"loss-margin"})
 # Methods that put something else in the place of dense linears.
 BY_LINEARS = frozenset({"gradot", "low-rank", "prune", "quantize", "smooth"})
 
@@ -22,6 +23,8 @@ def why_not(name: str, model: nn.Module, blocks: Blocks) -> str | None:
     task = task_of(model)
     if name in BY_NEXT_TOKEN and task is not None and task not in NEXT_TOKEN:
         return f"it needs the next-token loss, which a model for {task} doesn't have"
+    if name in BY_LOSS and task is not None and task not in (*NEXT_TOKEN, *CLASSIFICATION):
+        return f"it needs the next-token loss or that of classes, which a model for {task} doesn't have here"
     if name in BY_LINEARS and not any(True for block in block_list(model, blocks) for _ in named_linears(block)):
         return f"no {blocks.cls} holds a dense linear layer"
     return None

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from offsite_fl.emulators.base import Batch, Context
 from offsite_fl.emulators.streams import Stream, TextBatch, merged, passing_through, read_batches, working_copy
-from offsite_fl.evaluation.loss import causal_nll, plain_head
+from offsite_fl.evaluation.loss import plain_head
+from offsite_fl.evaluation.objective import objective_of
 from offsite_fl.models.blocks import block_list
-from offsite_fl.models.tasks import need_next_token
+from offsite_fl.models.tasks import need_loss
 from offsite_fl.models.walk import BlockCall, call_block
 
 
@@ -32,14 +33,14 @@ class Watched:
 
 
 class BackwardPass:
-    """The summed next-token loss of the full model on some batches, walked back from the last block.
+    """The summed loss of the full model on some batches, of next tokens or of classes, walked back from the last block.
 
     ``positions`` run from the last block to block 0; :meth:`back` must be called for each in this order. ``tokens`` is
-    the number of predicted tokens, ``loss`` the mean loss in nats.
+    the number of predicted tokens (of a classifier, of examples), ``loss`` the mean loss in nats.
     """
 
     def __init__(self, context: Context, batches: Sequence[Batch], description: str) -> None:
-        need_next_token(context.model)
+        need_loss(context.model)
         self.context = context
         self.batches: list[TextBatch] = read_batches(context, batches)
         self._inputs = merged(batches)
@@ -142,7 +143,7 @@ def _head_gradient(context: Context, batch: Batch, hidden: Tensor) -> tuple[floa
     with torch.enable_grad(), frozen(context.model), passing_through(stack):
         handle = stack[-1].register_forward_hook(leave)
         try:
-            nats, tokens = causal_nll(context.model, moved)
+            nats, tokens = objective_of(context.model).nll(context.model, moved)
             (gradient,) = torch.autograd.grad(nats, leaf)
         finally:
             handle.remove()

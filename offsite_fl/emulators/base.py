@@ -72,8 +72,10 @@ class Context:
 
     ``adapter`` and ``middle`` are disjoint sorted block indices that cover the model. ``calibration`` and
     ``validation`` are batches (``input_ids``, ``attention_mask``, ``labels``, each ``[B, T]`` int64) of public text,
-    never of a data owner's. ``device`` is where the work is done, the result lies where the model lies. ``workdir`` is
-    where long methods keep what they need to resume.
+    never of a data owner's; for a classifier ``labels`` are ``[B]``, or not there, and for images there are
+    ``pixel_values`` in place of tokens. ``head`` are paths of what is trained outside the blocks. ``device`` is where
+    the work is done, the result lies where the model lies. ``workdir`` is where long methods keep what they need to
+    resume.
     """
 
     model: nn.Module
@@ -86,6 +88,7 @@ class Context:
     seed: int = 0
     workdir: Path | None = None
     progress: bool = False
+    head: tuple[str, ...] = ()
 
     def block(self, index: int) -> nn.Module:
         """The full model's own block; look, don't touch."""

@@ -29,6 +29,7 @@ from offsite_fl.emulators.student import Student, Teacher
 from offsite_fl.emulators.training import TrainingRun, hold_out, refuse_packed, with_values
 from offsite_fl.emulators.training_state import RunState
 from offsite_fl.evaluation.loss import evaluate_loss
+from offsite_fl.evaluation.objective import objective_of
 
 
 @register("distill")
@@ -183,12 +184,12 @@ class DistillRun(TrainingRun[Distill]):
             self.interval.append((error / size).item())
         if graded:
             full = self.full.forward(batch, entering)
-            loss = loss + self.options.w_grad * handed_back_error(full, entering, state, batch["attention_mask"])
+            loss = loss + self.options.w_grad * handed_back_error(full, entering, state, _real(batch, state))
         return loss
 
     def _relative_error(self, batch: Batch, entering: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         goal = self.teacher.forward(batch, entering).to(state.device)
-        kept = batch["attention_mask"]
+        kept = _real(batch, state)
         return relative_error(goal, state, kept if self.options.mask else torch.ones_like(kept))
 
     @torch.no_grad()
@@ -199,7 +200,8 @@ class DistillRun(TrainingRun[Distill]):
             return sum(seen) / len(seen) if seen else math.inf
         if self.options.select == "perplexity":
             with torch.autocast(self.student.device.type, torch.bfloat16, enabled=self.student.reduced):
-                return evaluate_loss(self.student.network, self.validation, self.student.device).loss
+                network, device = self.student.network, self.student.device
+                return evaluate_loss(network, self.validation, device, nll=objective_of(network).nll).loss
         error = size = 0.0
         for batch in map(self._moved, self.validation):
             entering, state, _, _ = self.student.forward(batch, with_loss=False)
@@ -211,6 +213,12 @@ class DistillRun(TrainingRun[Distill]):
         if self.options.select != "perplexity":
             return f"hidden error {state.best_score:.4f}"
         return f"perplexity {math.exp(min(state.best_score, 700)):.4g}"
+
+
+def _real(batch: Batch, state: Tensor) -> Tensor:
+    """Which places of ``state`` [B, T, hidden] hold a token; of images, which have no mask, all."""
+    mask = batch.get("attention_mask")
+    return mask if mask is not None else state.new_ones(state.shape[:2], dtype=torch.int64)
 
 
 @contextmanager

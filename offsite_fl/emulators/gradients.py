@@ -18,7 +18,8 @@ from offsite_fl.emulators.base import Batch, Context, Emulator
 from offsite_fl.emulators.report import planned_network
 from offsite_fl.emulators.student import evaluating
 from offsite_fl.errors import EmulatorError
-from offsite_fl.evaluation.loss import causal_nll
+from offsite_fl.evaluation.objective import objective_of
+from offsite_fl.models.head import is_head
 from offsite_fl.models.network import NetworkPlan, adapter_parameters
 from offsite_fl.models.plug import adapter_tensors
 
@@ -50,7 +51,8 @@ def emulator_gradients(emulator: Emulator, context: Context, batches: Sequence[B
 
 def network_gradients(network: nn.Module, plan: NetworkPlan, batches: Sequence[Batch]) -> dict[str, Tensor]:
     """The same through a network that stands already, the one of ``plan``."""
-    return _gradients(network, adapter_parameters(network, plan), batches)
+    blocks_only = {name: p for name, p in adapter_parameters(network, plan).items() if not is_head(name)}
+    return _gradients(network, blocks_only, batches)
 
 
 def match_gradients(ours: Mapping[str, Tensor], full: Mapping[str, Tensor]) -> GradientMatch:
@@ -85,7 +87,7 @@ def _gradients(network: nn.Module, named: Mapping[str, nn.Parameter], batches: S
         for parameter in named.values():
             parameter.requires_grad_(True)
         for batch in batches:
-            nats, count = causal_nll(network, {name: value.to(device) for name, value in batch.items()})
+            nats, count = objective_of(network).nll(network, {n: value.to(device) for n, value in batch.items()})
             found = torch.autograd.grad(nats, list(named.values()), allow_unused=True)
             for name, gradient in zip(named, found, strict=True):
                 if gradient is not None:

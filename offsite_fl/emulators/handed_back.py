@@ -25,7 +25,8 @@ from offsite_fl.emulators.backward import frozen
 from offsite_fl.emulators.base import Batch, Context
 from offsite_fl.emulators.student import Middle, evaluating, hooked, state_of, with_hidden
 from offsite_fl.errors import EmulatorError
-from offsite_fl.evaluation.loss import causal_nll, plain_head
+from offsite_fl.evaluation.loss import plain_head
+from offsite_fl.evaluation.objective import objective_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class FullMiddle(Middle):
 
         hooks = hooked(self.entry, entering, self.exit, leaving)
         with hooks, torch.enable_grad(), frozen(self.model), evaluating(self.model):
-            nats, _ = causal_nll(self.model, {name: value.to(self.device) for name, value in batch.items()})
+            moved = {name: value.to(self.device) for name, value in batch.items()}
+            nats, _ = objective_of(self.model).nll(self.model, moved)
             arriving, handed = torch.autograd.grad(nats, (seen["t"], given))
         return Handed(arriving.to(hidden.device), handed.to(hidden.device))
 

@@ -22,7 +22,7 @@ from offsite_fl.emulators.student import REDUCED
 from offsite_fl.emulators.training import shuffled, training_bar
 from offsite_fl.emulators.training_state import Checkpoints, RunState, fingerprint
 from offsite_fl.errors import EmulatorError
-from offsite_fl.evaluation.loss import causal_nll
+from offsite_fl.evaluation.objective import objective_of
 from offsite_fl.models.harmonizer import Harmonizer
 from offsite_fl.models.network import place_blocks
 
@@ -133,7 +133,8 @@ class ReplaceableNetwork:
     def loss(self, batch: Batch) -> Tensor:
         """Mean next-token loss in nats of the network as it is now."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._reduced):
-            nats, tokens = causal_nll(self.network, {name: value.to(self.device) for name, value in batch.items()})
+            moved = {name: value.to(self.device) for name, value in batch.items()}
+            nats, tokens = objective_of(self.network).nll(self.network, moved)
         return nats / max(1, tokens)
 
 

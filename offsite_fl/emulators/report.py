@@ -170,8 +170,10 @@ def planned_network(emulator: Emulator, context: Context) -> tuple[nn.Module, Ne
     """:func:`emulated_network` and the plan that it was built from; no parameter requires a gradient."""
     modules = [block.module for block in emulator.blocks]
     origins = [block.origin for block in emulator.blocks]
-    plan = plan_network(context.model, context.blocks, context.adapter, emulator.layout, modules, origins)
-    named: dict[str, Tensor] = dict(shared_tensors(context.model, context.blocks))
+    plan = plan_network(
+        context.model, context.blocks, context.adapter, emulator.layout, modules, origins, head=context.head
+    )
+    named: dict[str, Tensor] = dict(shared_tensors(context.model, context.blocks, context.head))
     for slot, index in enumerate(sorted(context.adapter)):
         # Buffers too: DeepSeek's router keeps a correction in one.
         named.update({f"adapter.{slot}.{name}": t for name, t in context.block(index).state_dict().items()})

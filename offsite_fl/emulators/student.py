@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from offsite_fl.emulators.base import Batch, Context, Emulator
 from offsite_fl.errors import EmulatorError, ModelError
-from offsite_fl.evaluation.loss import causal_nll
+from offsite_fl.evaluation.objective import objective_of
 from offsite_fl.models.network import build_network, fill_network, place_blocks, plan_network, shared_tensors
 
 REDUCED = (torch.bfloat16, torch.float16)
@@ -96,7 +96,7 @@ class Student:
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.reduced)
         with hooked(self.entry, entering, self.exit, leaving), suppress(_Reached), autocast:
             if with_loss:
-                nats, tokens = causal_nll(self.network, batch)
+                nats, tokens = objective_of(self.network).nll(self.network, batch)
             else:
                 self.network(**_inputs(batch), use_cache=False)
         return seen["h"], seen["s"], nats, tokens

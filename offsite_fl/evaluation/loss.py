@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,7 @@ _PROBED: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[nn.Module], bool
 
 @dataclass(frozen=True)
 class LossResult:
-    """Mean loss in nats per predicted token over ``tokens`` tokens."""
+    """Mean loss in nats per predicted token over ``tokens`` tokens; of a classifier both count examples."""
 
     loss: float
     tokens: int
@@ -79,27 +80,76 @@ def causal_nll(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
 
 @torch.no_grad()
 def evaluate_loss(
-    model: nn.Module, batches: Iterable[Batch], device: torch.device | str | None = None, progress: bool = False
+    model: nn.Module,
+    batches: Iterable[Batch],
+    device: torch.device | str | None = None,
+    progress: bool = False,
+    nll: Callable[[nn.Module, Batch], tuple[Tensor, int]] = causal_nll,
 ) -> LossResult:
-    """Mean next-token loss over ``batches``, each token weighing the same; the model's mode is restored afterwards.
+    """Mean loss over ``batches``, each token (or example) weighing the same; the model's mode is restored afterwards.
 
-    ``device=None`` uses the device of the model's first parameter. ``DataError`` if no token can be predicted.
+    ``device=None`` uses the device of the model's first parameter. ``nll`` gives the sum of a batch and over how many
+    it goes: of next tokens, or what :func:`offsite_fl.evaluation.objective.objective_of` says. ``DataError`` if there
+    is nothing to predict.
     """
     device = device if device is not None else next(model.parameters()).device
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     total, tokens = 0.0, 0
-    try:
+    with evaluating(model):
         for batch in track(batches, "evaluating", disable=not progress, transient=True):
-            nats, count = causal_nll(model, {name: value.to(device) for name, value in batch.items()})
+            nats, count = nll(model, {name: value.to(device) for name, value in batch.items()})
             total += nats.double().item()
             tokens += count
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     if tokens == 0:
         raise DataError("there is no token to predict in the evaluation data; give at least one example with an answer")
     return LossResult(total / tokens, tokens)
+
+
+@torch.no_grad()
+def token_log_probabilities(model: nn.Module, inputs: Batch, rows: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability in nats that ``model`` gives ``tokens[i]`` right after ``inputs[rows[i], :positions[i] + 1]``.
+
+    Like :func:`causal_nll` it never holds the logits of a whole batch: the head runs on the positions asked for only,
+    on each of them once.
+
+    Parameters
+    ----------
+    inputs
+        ``input_ids`` and ``attention_mask``, ``[B, T]`` int64 on the model's device.
+    rows, positions, tokens
+        ``[N]`` int64 on the same device. Several tokens may be asked for at one position.
+
+    Returns
+    -------
+    ``[N]`` fp32. ``ModelError`` if the model is one for another task.
+    """
+    need_next_token(model)
+    head = plain_head(model)
+    places, back = torch.unique(torch.stack((rows, positions)), dim=1, return_inverse=True)
+    if head is None:
+        read = model(**inputs, use_cache=False).logits[places[0], places[1]]
+    else:
+        read = _base(model)(**inputs, use_cache=False).last_hidden_state[places[0], places[1]]
+    found = torch.empty(len(tokens), dtype=torch.float32, device=tokens.device)
+    size = _chunk(read, read.shape[-1] if head is None else head.out_features)
+    for start in range(0, len(read), size):
+        part = read[start : start + size]
+        logits = (part if head is None else head(part)).float()
+        asked = ((back >= start) & (back < start + size)).nonzero().squeeze(-1)
+        at = back[asked] - start
+        found[asked] = logits[at, tokens[asked]] - logits.logsumexp(-1)[at]
+    return found
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module of ``model`` in evaluation mode, and in its own again afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def plain_head(model: nn.Module) -> nn.Linear | None:
@@ -144,16 +194,13 @@ def _logits_are_plain(model: nn.Module, head: nn.Linear) -> bool:
         return probe
 
     hooks = [_base(model).register_forward_hook(on_base), head.register_forward_hook(on_head)]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        ids = torch.arange(1, 5, device=head.weight.device)[None] % head.out_features
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        with evaluating(model):
+            ids = torch.arange(1, 5, device=head.weight.device)[None] % head.out_features
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
     base, given, probe = (seen.get(name) for name in ("base", "head", "probe"))
     if base is None or given is None or probe is None or base.shape != given.shape or logits.shape != probe.shape:
         return False

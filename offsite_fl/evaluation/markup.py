@@ -9,6 +9,8 @@ from typing import Any
 
 from offsite_fl.evaluation.plots import Plot
 
+_VOID = ("img",)  # elements without content and without an end
+
 
 class Markup(str):
     """Text that is HTML already; everything else is escaped by :func:`safe`."""
@@ -67,6 +69,8 @@ def tag(name: str, content: object = "", **attributes: object) -> Markup:
         for key, value in attributes.items()
         if value is not None
     )
+    if name in _VOID:
+        return Markup(f"<{name}{given}>")
     return Markup(f"<{name}{given}>{safe(content) if content != '' else ''}</{name}>")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from offsite_fl.evaluation import plots, sections
+from offsite_fl.evaluation import answers, plots, sections
 from offsite_fl.evaluation.ledger import DIRECTIONS, human_bytes
 from offsite_fl.evaluation.markup import Markup, count, duration, join, kicker, safe, tag, tiles
 from offsite_fl.evaluation.record import RunReport
@@ -13,6 +13,7 @@ from offsite_fl.evaluation.style import STYLE
 
 # Nothing may be fetched or run, even if a string should ever slip through unescaped.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+PICTURES = "; img-src data:"  # beside that, on pages that hold pictures: those in the page itself
 CHIPS = {True: ("protected", "chip good"), False: ("not protected", "chip bad"), None: ("unknown", "chip")}
 ROW_COLORS = dict(zip(ROW_KEYS, ("zero", "emulator", "emulator", "plug", "full"), strict=True))
 
@@ -25,6 +26,7 @@ def render_page(report: RunReport) -> str:
         (
             _header(report),
             _rows(report.rows),
+            answers.samples(report.samples),
             sections.rounds(report),
             sections.left_the_house(report),
             sections.data(report.data),
@@ -32,15 +34,19 @@ def render_page(report: RunReport) -> str:
             sections.glossary(),
         )
     )
-    return document(f"offsite_fl: {said.gain.split(' (')[0].rstrip('.')}", body)
+    pictures = any(sample.image for sample in report.samples)
+    return document(f"offsite_fl: {said.gain.split(' (')[0].rstrip('.')}", body, pictures=pictures)
 
 
-def document(title: str, body: Markup, style: str = "") -> str:
-    """A whole HTML file around ``body``: the style sheet, ``style`` after it, and a policy that fetches nothing."""
+def document(title: str, body: Markup, style: str = "", *, pictures: bool = False) -> str:
+    """A whole HTML file around ``body``: the style sheet, ``style`` after it, and a policy that fetches nothing.
+
+    With ``pictures`` the policy lets those be shown that stand in the page as data.
+    """
     head = join(
         (
             Markup('<meta charset="utf-8">'),
-            Markup(f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'),
+            Markup(f'<meta http-equiv="Content-Security-Policy" content="{POLICY}{PICTURES if pictures else ""}">'),
             Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
             tag("title", title),
             tag("style", Markup(STYLE + style)),
@@ -101,23 +107,29 @@ def _rows(rows: FiveRows) -> Markup:
     lines = []
     for key in ROW_KEYS:
         row: Row | None = getattr(rows, key)
-        numbers = (
-            ["not run", ""] if row is None else [show(row), f"{row.value:.3f}" if math.isfinite(row.value) else "-"]
-        )
-        cells = [tag("td", number, class_="n") for number in numbers[: 2 if loss else 1]]
+        cells = [tag("td", number, class_="n") for number in _numbers(row, loss, rows.has_f1)]
         bar = Markup() if row is None else _bar(gains[key], behind * scale, scale, ROW_COLORS[key], loss)
         head = tag("th", ROW_LABELS[key], scope="row")
         lines.append(tag("tr", join((head, *cells, tag("td", bar, class_="bar"))), class_=key))
-    names = ["perplexity", "nats/token"] if loss else ["accuracy"]
+    names = ["perplexity", "nats/token"] if loss else ["accuracy", *(["macro F1"] if rows.has_f1 else [])]
     side = join((tag("span", "worse than untuned"), tag("span", "better")))
     titles = [tag("th", "", scope="col"), *(tag("th", name, scope="col", class_="n") for name in names)]
     titles.append(tag("th", tag("span", side, class_="scale"), scope="col", class_="bar"))
     parts = join((tag("thead", tag("tr", join(titles))), tag("tbody", join(lines))))
     unit = "nats per token (log-perplexity)" if loss else "points of accuracy"
     about = f"On held-out data. Bars: how far each lies from the untuned full model, in {unit}."
-    style = "rows" if loss else "rows one"
+    style = "rows" if len(names) == 2 else "rows one"
     card = tag("div", tag("table", parts, class_=style), class_="card")
     return tag("section", join((tag("h2", "The five rows"), tag("p", about, class_="about"), card)))
+
+
+def _numbers(row: Row | None, loss: bool, f1: bool) -> list[str]:
+    """What stands beside a row's name: perplexity and loss, or accuracy and, where rows have one, F1."""
+    if row is None:
+        return ["not run", *([""] if loss or f1 else [])]
+    if loss:
+        return [show(row), f"{row.value:.3f}" if math.isfinite(row.value) else "-"]
+    return [show(row), *(["-" if row.f1 is None else f"{row.f1:.1%}"] if f1 else [])]
 
 
 def _bar(gain: float, zero: float, scale: float, color: str, loss: bool) -> Markup:

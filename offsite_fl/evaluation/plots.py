@@ -95,8 +95,10 @@ def row_curve(rounds: Sequence[RoundRecord], rows: FiveRows, which: Literal["plu
     return Plot(svg, (Mark(label, color), *(Mark(name, c, STROKES[c]) for name, c, _ in lines)))
 
 
-def client_curves(rounds: Sequence[RoundRecord], metric: str = "train_loss") -> Plot | None:
-    """What each client reported by round; many clients become thin lines around their median."""
+def client_curves(
+    rounds: Sequence[RoundRecord], metric: str = "train_loss", unit: str = "nats per token"
+) -> Plot | None:
+    """What each client reported by round, in ``unit``; many clients become thin lines around their median."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for entry in rounds:
         for name, metrics in entry.clients.items():
@@ -120,7 +122,7 @@ def client_curves(rounds: Sequence[RoundRecord], metric: str = "train_loss") -> 
             legend = [Mark("median", "ink"), Mark(f"each of {len(curves)} clients", "metrics")]
         _mark_skipped(axes, rounds)
         _round_axis(axes, list(by_round))
-        axes.set_ylabel("training loss, nats per token", color=COLORS["muted"])
+        axes.set_ylabel(f"training loss, {unit}", color=COLORS["muted"])
         svg = finish()
     return Plot(svg, tuple(legend))
 

@@ -18,13 +18,14 @@ from offsite_fl.evaluation import checks
 from offsite_fl.evaluation.ledger import Ledger
 from offsite_fl.evaluation.rounds import RoundRecord
 from offsite_fl.evaluation.rows import FiveRows
+from offsite_fl.evaluation.samples import Sample
 from offsite_fl.version import __version__
 
 T = TypeVar("T")
 
 FORMAT = 1
 REQUIRED = ("rows", "gap", "recovered", "ledger", "rounds", "config", "versions", "seeds", "seconds")
-OPTIONAL = ("format", "emulator", "data", "notes")
+OPTIONAL = ("format", "emulator", "data", "notes", "samples")
 LIBRARIES = ("torch", "transformers", "flwr", "peft", "accelerate", "datasets", "safetensors")
 
 
@@ -53,6 +54,8 @@ class RunReport:
         By part of the data (each client, held-out, calibration text): ``examples``, ``tokens`` and the like.
     notes
         Sentences that a reader of the numbers must know.
+    samples
+        Items of a public test set with what each network answers; never a data owner's.
     """
 
     rows: FiveRows
@@ -65,6 +68,7 @@ class RunReport:
     emulator: dict[str, Any] = field(default_factory=dict)
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
 
     @property
     def gap(self) -> float | None:
@@ -89,6 +93,7 @@ class RunReport:
             "ledger": self.ledger.to_list(),
             **plain,
             **more,
+            "samples": [sample.to_dict() for sample in self.samples],
         }
 
     @classmethod
@@ -109,12 +114,18 @@ class RunReport:
             emulator=checks.entries(found.get("emulator", {}), "emulator"),
             data=_table(found.get("data", {}), "data", checks.entries),
             notes=_list(found.get("notes", []), "notes", checks.text),
+            samples=_list(found.get("samples", []), "samples", Sample.from_dict),
         )
 
     def to_csv(self) -> str:
-        """The rows as CSV with the columns ``row``, ``loss``, ``perplexity``, ``accuracy``; full precision."""
+        """The rows as CSV with the columns ``row``, ``loss``, ``perplexity``, ``accuracy``; full precision.
+
+        A classifier's have the column ``f1`` too.
+        """
         out = io.StringIO()
-        table = csv.DictWriter(out, ("row", "loss", "perplexity", "accuracy"), lineterminator="\n")
+        table = csv.DictWriter(
+            out, ("row", "loss", "perplexity", "accuracy", *(["f1"] if self.rows.has_f1 else [])), lineterminator="\n"
+        )
         table.writeheader()
         for key, row in self.rows:
             table.writerow({"row": key, **row.to_dict()})

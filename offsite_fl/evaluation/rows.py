@@ -24,6 +24,8 @@ ROW_LABELS = {
 class Row:
     """One measured network: ``loss`` in nats per token, or ``accuracy`` as a share in [0, 1]; exactly one of them.
 
+    Beside an accuracy there may be ``f1``, the macro F1 of a classifier, in [0, 1]; gap and recovered are in accuracy.
+
     A loss may be NaN or infinite (a run that diverged is a result too); it is written to JSON as null.
 
     >>> round(Row(loss=2.0).perplexity, 3)
@@ -32,6 +34,7 @@ class Row:
 
     loss: float | None = None
     accuracy: float | None = None
+    f1: float | None = None
 
     def __post_init__(self) -> None:
         if (self.loss is None) == (self.accuracy is None):
@@ -40,6 +43,8 @@ class Row:
             raise DataError(f"a loss in nats per token can't be negative, got {self.loss}")
         if self.accuracy is not None and not 0 <= self.accuracy <= 1:
             raise DataError(f"an accuracy is a share between 0 and 1, got {self.accuracy}")
+        if self.f1 is not None and (self.accuracy is None or not 0 <= self.f1 <= 1):
+            raise DataError(f"an F1 is a share between 0 and 1 beside an accuracy, got {self.f1}")
 
     @property
     def measure(self) -> Literal["loss", "accuracy"]:
@@ -69,15 +74,16 @@ class Row:
     def to_dict(self) -> dict[str, float | None]:
         """What report.json holds for this row."""
         if self.loss is None:
-            return {"accuracy": self.accuracy}
+            return {"accuracy": self.accuracy} | ({} if self.f1 is None else {"f1": self.f1})
         return {"loss": _finite(self.loss), "perplexity": _finite(self.perplexity)}
 
     @classmethod
     def from_dict(cls, value: object, where: str = "row") -> Row:
         """Read what :meth:`to_dict` wrote; the perplexity is derived from the loss, never trusted."""
-        found = checks.entries(value, where, optional=("loss", "perplexity", "accuracy"))
+        found = checks.entries(value, where, optional=("loss", "perplexity", "accuracy", "f1"))
         if "accuracy" in found and "loss" not in found:
-            return cls(accuracy=checks.number(found["accuracy"], f"{where}.accuracy"))
+            f1 = checks.number(found["f1"], f"{where}.f1") if "f1" in found else None
+            return cls(accuracy=checks.number(found["accuracy"], f"{where}.accuracy"), f1=f1)
         if "loss" in found and "accuracy" not in found:
             return cls(loss=checks.number(found["loss"], f"{where}.loss"))
         raise DataError(f"{where} must hold loss or accuracy, exactly one of them; it has {sorted(found)}")
@@ -113,6 +119,11 @@ class FiveRows:
     def measure(self) -> Literal["loss", "accuracy"]:
         """What the rows hold."""
         return self.full_zero_shot.measure
+
+    @property
+    def has_f1(self) -> bool:
+        """Whether a row holds an F1 beside its accuracy."""
+        return any(row.f1 is not None for _, row in self)
 
     @property
     def gap(self) -> float | None:

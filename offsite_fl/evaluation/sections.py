@@ -44,6 +44,8 @@ SHARES = ("verbatim_share", "flops_share")
 def rounds(report: RunReport) -> Markup:
     """The curves, the bytes and the replies that were dropped."""
     rounds, rows = report.rounds, report.rows
+    # Beside accuracies it is the loss of whatever is tuned there: an answer's tokens, or an example's class.
+    unit = "nats per token" if rows.measure == "loss" else "nats"
     cards = [
         figure("Plug-in", "The full model with the new adapter.", plots.row_curve(rounds, rows, "plug_in")),
         figure(
@@ -51,7 +53,7 @@ def rounds(report: RunReport) -> Markup:
             "What a data owner could keep. It protects while it stays worse than the untuned full model (dashed).",
             plots.row_curve(rounds, rows, "emulator"),
         ),
-        figure("Data owners", "Training loss that each reported.", plots.client_curves(rounds)),
+        figure("Data owners", "Training loss that each reported.", plots.client_curves(rounds, unit=unit)),
         figure(
             "Bytes",
             "Above the line to the data owners, below it back to the model owner; all nodes together.",

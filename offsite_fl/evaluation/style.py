@@ -75,6 +75,15 @@ dl.list dt, dl.list dd { margin: 0; overflow-wrap: anywhere; } dl.list dt { colo
 .two dl.list { columns: 2; column-gap: 2.6rem; }
 details { margin-top: 1.1rem; } summary { cursor: pointer; color: var(--muted); font-size: .94rem; }
 details[open] summary { margin-bottom: .8rem; }
+table.samples { width: auto; min-width: 100%; } table.samples td, table.samples th { padding-right: 1.1rem; }
+table.samples tbody td, table.samples tbody th { white-space: nowrap; } section > .card + .card { margin-top: 1.1rem; }
+table.samples i { font-style: normal; margin-right: .35rem; }
+table.samples.texts tbody td { vertical-align: top; }
+table.samples.texts tbody td:first-child { white-space: normal; min-width: 19rem; font-size: .88rem; }
+table.samples td.right { color: var(--good); } table.samples td.wrong { color: var(--bad); }
+table.samples thead th { vertical-align: bottom; } table.samples thead b { color: var(--ink); }
+table.samples img { display: block; width: 3.6rem; height: 3.6rem; object-fit: contain; margin-bottom: .3rem;
+  border-radius: 4px; image-rendering: pixelated; background: var(--grid); }
 ul.notes { margin: .4rem 0 0; padding-left: 1.1rem; } ul.notes li { margin: .25rem 0; overflow-wrap: anywhere; }
 footer { margin-top: 3.5rem; padding-top: 1rem; border-top: 1px solid var(--hair); color: var(--muted);
   font-size: .88rem; } footer p { margin: 0 0 .4rem; max-width: 56em; }

@@ -18,13 +18,15 @@ def rows_table(rows: FiveRows) -> Table:
     """The five rows with what each gains on the untuned full model, gap and recovered below."""
     table = Table(title="The five rows", title_justify="left", caption=_caption(rows), caption_justify="left")
     table.add_column("")
-    for name in ("loss (nats/token)", "perplexity") if rows.measure == "loss" else ("accuracy",):
+    names = ["loss (nats/token)", "perplexity"] if rows.measure == "loss" else ["accuracy"]
+    names += ["macro F1"] if rows.has_f1 else []
+    for name in names:
         table.add_column(name, justify="right")
     table.add_column("better by", justify="right")
     for key in ROW_KEYS:
         row: Row | None = getattr(rows, key)
         style = "bold" if key == "plug_in" else ""
-        cells = ["not run"] * (2 if rows.measure == "loss" else 1) + [""] if row is None else _cells(row, rows)
+        cells = ["not run"] * len(names) + [""] if row is None else _cells(row, rows)
         table.add_row(ROW_LABELS[key], *cells, style=style)
     return table
 
@@ -32,7 +34,8 @@ def rows_table(rows: FiveRows) -> Table:
 def _cells(row: Row, rows: FiveRows) -> list[str]:
     gain = row.score - rows.full_zero_shot.score
     if row.loss is None:
-        return [f"{row.value:.1%}", "" if row is rows.full_zero_shot else f"{100 * gain:+.1f} points"]
+        f1 = ["-" if row.f1 is None else f"{row.f1:.1%}"] if rows.has_f1 else []
+        return [f"{row.value:.1%}", *f1, "" if row is rows.full_zero_shot else f"{100 * gain:+.1f} points"]
     return [
         f"{row.loss:.4f}",
         significant(row.perplexity),

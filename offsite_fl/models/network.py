@@ -3,7 +3,8 @@
 The owner writes a :class:`NetworkPlan` with :func:`plan_network`; anyone can rebuild the network from the plan and the
 tensors alone (:func:`build_network`, :func:`fill_network`). Both parties use the same two functions, so their logits
 are the same by construction. Tensors are named by slot, never by the full model's block index:
-``adapter.{k}.{path}``, ``emulator.{b}.{path}`` and ``shared.{path}`` for everything outside the blocks.
+``adapter.{k}.{path}``, ``emulator.{b}.{path}`` and, outside the blocks, ``adapter.head.{path}`` for what is trained
+and ``shared.{path}`` for everything else.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers import AutoConfig
 from offsite_fl.errors import ModelError
 from offsite_fl.models.blocks import Blocks, block_list
 from offsite_fl.models.cut_config import FORBIDDEN_CONFIG_KEYS, cut_config
+from offsite_fl.models.head import check_head, head_parameters, read_head, slot_of_outside
 from offsite_fl.models.likeness import check_alike
 from offsite_fl.models.linears import QuantizedLinear, apply_linears, describe_linears
 from offsite_fl.models.outside import outside_blocks
@@ -58,7 +60,7 @@ class NetworkPlan:
     """Everything but the tensors: the task, a transformers config, the places, and the structure of emulator blocks.
 
     ``linears[b]`` describes emulator block ``b`` (see :mod:`offsite_fl.models.linears`); the same slot at two places
-    means that both run the same weights.
+    means that both run the same weights. ``head`` are the paths of the tensors outside the blocks that are trained.
     """
 
     task: str
@@ -66,6 +68,7 @@ class NetworkPlan:
     blocks_path: str
     layout: tuple[Place, ...]
     linears: tuple[Mapping[str, Any], ...]
+    head: tuple[str, ...] = ()
 
     def adapter_places(self) -> dict[int, int]:
         """Adapter slot to its index in the network's list of blocks."""
@@ -73,20 +76,22 @@ class NetworkPlan:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; :meth:`from_json` reads it back."""
-        return {
+        plain: dict[str, Any] = {
             "task": self.task,
             "config": dict(self.config),
             "blocks_path": self.blocks_path,
             "layout": [[place.role, place.slot] for place in self.layout],
             "linears": [dict(table) for table in self.linears],
         }
+        # Left out where there is none, so that such bundles keep their form and their digest.
+        return plain | ({"head": list(self.head)} if self.head else {})
 
     @classmethod
     def from_json(cls, data: Any) -> NetworkPlan:
         """Read a plan from a foreign file; ``ModelError`` says which part isn't as it must be."""
         keys = {"task", "config", "blocks_path", "layout", "linears"}
-        if not isinstance(data, dict) or set(data) != keys:
-            raise ModelError(f"network plan must be an object with exactly the keys {sorted(keys)}")
+        if not isinstance(data, dict) or set(data) - {"head"} != keys:
+            raise ModelError(f"network plan must be an object with exactly the keys {sorted(keys)}, and head or not")
         if data["task"] not in TASKS:
             raise ModelError(f"network plan: unknown task {data['task']!r}; {near(str(data['task']), TASKS)}")
         if not isinstance(data["blocks_path"], str):
@@ -101,7 +106,8 @@ class NetworkPlan:
                 f"network plan: {len(linears)} emulator blocks are described, the layout names {sorted(slots)}"
             )
         _check_config(data["config"])
-        return cls(data["task"], data["config"], data["blocks_path"], layout, tuple(linears))
+        head = read_head(data["head"]) if "head" in data else ()
+        return cls(data["task"], data["config"], data["blocks_path"], layout, tuple(linears), head)
 
 
 def _read_layout(data: Any) -> tuple[Place, ...]:
@@ -139,6 +145,7 @@ def plan_network(
     emulator: Sequence[nn.Module],
     origins: Sequence[int],
     task: str | None = None,
+    head: Sequence[str] = (),
 ) -> NetworkPlan:
     """Describe the network of ``adapter`` blocks and ``emulator`` blocks (owner's side; nothing is copied).
 
@@ -148,6 +155,7 @@ def plan_network(
         layout: full-model position to index into ``emulator``, for every place that the emulator runs.
         emulator: the emulator's blocks; ``origins[b]`` is the full-model block that block ``b`` was made from.
         task: key of :data:`~offsite_fl.models.tasks.TASKS`; None finds the one that the model's class belongs to.
+        head: paths of the tensors outside the blocks that are trained, see :mod:`offsite_fl.models.head`.
 
     Raises:
         ModelError: if a client couldn't rebuild the network from the config: the model's class isn't in transformers'
@@ -167,7 +175,8 @@ def plan_network(
     linears = tuple(describe_linears(b, modules[o]) for b, o in zip(emulator, origins, strict=True))
     found = known_task(model, task)
     config = cut_config(model, blocks, sources, found)
-    plan = NetworkPlan(found, config, blocks.path, tuple(places), linears)
+    check_head(model, blocks.path, head)
+    plan = NetworkPlan(found, config, blocks.path, tuple(places), linears, tuple(head))
     # Through JSON and back: what the owner uses is exactly what a client will read.
     plan = NetworkPlan.from_json(json.loads(json.dumps(plan.to_json())))
     with torch.device("meta"):
@@ -270,6 +279,7 @@ def _meta_network(plan: NetworkPlan) -> nn.Module:
     with torch.device("meta"):
         network = _skeleton(plan)
     _tie(network, plan)
+    check_head(network, plan.blocks_path, plan.head)
     stored = set(network.state_dict())
     made = sum(t.numel() * t.element_size() for name, t in network.named_buffers() if name not in stored)
     if made > MAX_BUFFER_BYTES:
@@ -284,7 +294,8 @@ def expected_tensors(plan: NetworkPlan) -> dict[str, TensorSpec]:
     """Slot name to shape and dtype of every tensor that the network of ``plan`` needs; takes no memory for them."""
     network = _meta_network(plan)
     specs = {
-        "shared." + name: TensorSpec(tuple(t.shape)) for name, t in outside_blocks(network, plan.blocks_path).items()
+        slot_of_outside(name, plan.head): TensorSpec(tuple(t.shape))
+        for name, t in outside_blocks(network, plan.blocks_path).items()
     }
     for block, place in zip(place_blocks(network, plan), plan.layout, strict=True):
         exact = _exact_dtypes(block)
@@ -302,9 +313,12 @@ def _exact_dtypes(block: nn.Module) -> dict[str, torch.dtype]:
     return exact
 
 
-def shared_tensors(model: nn.Module, blocks: Blocks) -> dict[str, torch.Tensor]:
-    """``shared.{path}`` to the full model's tensors outside the blocks (live references, tied ones once)."""
-    return {"shared." + name: t.detach() for name, t in outside_blocks(model, blocks.path).items()}
+def shared_tensors(model: nn.Module, blocks: Blocks, head: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+    """Slot name to the full model's tensors outside the blocks (live references, tied ones once).
+
+    ``adapter.head.{path}`` for those of the ``head``, else ``shared.{path}``.
+    """
+    return {slot_of_outside(name, head): t.detach() for name, t in outside_blocks(model, blocks.path).items()}
 
 
 def fill_network(network: nn.Module, plan: NetworkPlan, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -329,7 +343,7 @@ def fill_network(network: nn.Module, plan: NetworkPlan, tensors: Mapping[str, to
     first = {id(tensor): name for name, tensor in outside_blocks(network, plan.blocks_path).items()}
     every = [*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)]
     # A tied tensor goes to all its names, since tying again may start from any of them.
-    named = {name: take("shared." + first[id(tensor)]) for name, tensor in every if id(tensor) in first}
+    named = {name: take(slot_of_outside(first[id(tensor)], plan.head)) for name, tensor in every if id(tensor) in first}
     network.load_state_dict(named, strict=False, assign=True)
     _tie(network, plan)
     left = [name for name, p in network.named_parameters() if p.is_meta]
@@ -364,10 +378,11 @@ def _tie(network: Any, plan: NetworkPlan) -> None:
 
 
 def adapter_parameters(network: nn.Module, plan: NetworkPlan) -> dict[str, nn.Parameter]:
-    """Slot name to live parameter for every adapter tensor of the network."""
+    """Slot name to live parameter for every adapter tensor of the network, the head's behind those of the blocks."""
     blocks = place_blocks(network, plan)
-    return {
+    inside = {
         f"adapter.{slot}.{name}": parameter
         for slot, index in plan.adapter_places().items()
         for name, parameter in blocks[index].named_parameters()
     }
+    return inside | head_parameters(network, plan.head)

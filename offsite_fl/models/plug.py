@@ -10,26 +10,34 @@ from torch import nn
 
 from offsite_fl.errors import UpdateError
 from offsite_fl.models.blocks import Blocks, block_list
+from offsite_fl.models.head import head_parameters
 
 
-def adapter_tensors(model: nn.Module, blocks: Blocks, adapter_indices: Sequence[int]) -> dict[str, nn.Parameter]:
+def adapter_tensors(
+    model: nn.Module, blocks: Blocks, adapter_indices: Sequence[int], head: Sequence[str] = ()
+) -> dict[str, nn.Parameter]:
     """Return the model's own parameters of the adapter, named ``adapter.{k}.{path inside the block}``.
 
-    ``k`` counts the adapter's blocks in forward order from 0, whatever their place in the full model. The tensors are
-    the live parameters, not copies.
+    ``k`` counts the adapter's blocks in forward order from 0, whatever their place in the full model. Behind them come
+    those of the ``head``, ``adapter.head.{path}``. The tensors are the live parameters, not copies.
     """
     stack = block_list(model, blocks)
-    return {
+    inside = {
         f"adapter.{slot}.{path}": parameter
         for slot, index in enumerate(sorted(adapter_indices))
         for path, parameter in stack[index].named_parameters()
     }
+    return inside | head_parameters(model, head)
 
 
 def plug_in(
-    model: nn.Module, blocks: Blocks, adapter_indices: Sequence[int], tensors: Mapping[str, torch.Tensor]
+    model: nn.Module,
+    blocks: Blocks,
+    adapter_indices: Sequence[int],
+    tensors: Mapping[str, torch.Tensor],
+    head: Sequence[str] = (),
 ) -> None:
-    """Write new adapter values into the full model, in place; nothing else changes.
+    """Write new adapter values, those of the ``head`` with them, into the full model, in place; nothing else changes.
 
     Values are cast to the dtype and device of the parameters they replace, which stay the same objects, so ties and
     optimisers hold.
@@ -40,7 +48,7 @@ def plug_in(
         If a name is unknown or missing, or a value has the wrong shape or kind or isn't finite (also after the cast).
         The message names the tensor, and the model is as it was.
     """
-    targets = adapter_tensors(model, blocks, adapter_indices)
+    targets = adapter_tensors(model, blocks, adapter_indices, head)
     values = _checked(targets, tensors)
     with torch.no_grad():
         for name, value in values.items():
@@ -49,12 +57,16 @@ def plug_in(
 
 @contextmanager
 def swapped_in(
-    model: nn.Module, blocks: Blocks, adapter_indices: Sequence[int], tensors: Mapping[str, torch.Tensor]
+    model: nn.Module,
+    blocks: Blocks,
+    adapter_indices: Sequence[int],
+    tensors: Mapping[str, torch.Tensor],
+    head: Sequence[str] = (),
 ) -> Iterator[None]:
     """Plug ``tensors`` in for the length of a ``with`` block, then restore the old values bit for bit."""
-    targets = adapter_tensors(model, blocks, adapter_indices)
+    targets = adapter_tensors(model, blocks, adapter_indices, head)
     before = {name: parameter.detach().clone() for name, parameter in targets.items()}
-    plug_in(model, blocks, adapter_indices, tensors)
+    plug_in(model, blocks, adapter_indices, tensors, head)
     try:
         yield
     finally:

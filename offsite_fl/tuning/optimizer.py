@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from offsite_fl.config import TuneConfig
+from offsite_fl.models.head import is_head
 
 _FUSED = {"cpu", "cuda"}
 
@@ -29,13 +30,28 @@ def undecayed(network: nn.Module) -> set[int]:
 def make_optimizer(
     network: nn.Module, trainable: Mapping[str, nn.Parameter], config: TuneConfig
 ) -> torch.optim.Optimizer:
-    """The optimiser of ``config`` over ``trainable``; it holds no state for anything else of ``network``."""
+    """The optimiser of ``config`` over ``trainable``; it holds no state for anything else of ``network``.
+
+    Each group of parameters has a factor ``lr_scale`` of its own: ``config.head_lr_scale`` for the head, else 1.
+    :func:`set_rate` applies it.
+    """
     free = undecayed(network)
     parameters = list(trainable.values())
     groups = [
-        {"params": [p for p in parameters if id(p) not in free], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if id(p) in free], "weight_decay": 0.0},
+        {
+            "params": [p for name, p in trainable.items() if is_head(name) == head and (id(p) in free) == kept],
+            "weight_decay": 0.0 if kept else config.weight_decay,
+            "lr_scale": config.head_lr_scale if head else 1.0,
+        }
+        for head in (False, True)
+        for kept in (False, True)
     ]
     kinds: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
     options: dict[str, Any] = {"lr": config.lr, "fused": all(p.device.type in _FUSED for p in parameters)}
     return kinds[config.optimizer]([group for group in groups if group["params"]], **options)
+
+
+def set_rate(optimizer: Any, rate: float) -> None:
+    """Set the learning rate of every group to ``rate`` times its own factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)

@@ -18,9 +18,10 @@ from offsite_fl.config import TuneConfig
 from offsite_fl.data.examples import split_examples
 from offsite_fl.data.loader import Batch, SeededOrder, make_loader
 from offsite_fl.errors import ConfigError, DataError, OffsiteError
-from offsite_fl.evaluation.loss import causal_nll, evaluate_loss
+from offsite_fl.evaluation.loss import evaluate_loss
+from offsite_fl.evaluation.objective import objective_of
 from offsite_fl.tuning.dtypes import prepare_dtypes
-from offsite_fl.tuning.optimizer import make_optimizer
+from offsite_fl.tuning.optimizer import make_optimizer, set_rate
 from offsite_fl.tuning.proximal import Proximal
 from offsite_fl.tuning.schedule import learning_rate
 from offsite_fl.tuning.session import borrowed_accelerator, own_randomness, training_mode
@@ -33,9 +34,9 @@ class TuneResult:
     """What came of a tuning call.
 
     ``tensors`` are copies, fp32 on the CPU: the values with the lowest validation loss where there is validation data,
-    else the last ones; the network holds the same. Losses are nats per token. ``examples`` counts the training
-    examples that were at hand (the weight of this party in an average), ``tokens`` those that went through the
-    network, padding not counted. ``skipped_steps`` are fp16 steps that overflowed.
+    else the last ones; the network holds the same. Losses are nats per token, of a classifier per example.
+    ``examples`` counts the training examples that were at hand (the weight of this party in an average), ``tokens``
+    those that went through the network, padding not counted. ``skipped_steps`` are fp16 steps that overflowed.
 
     ``lr_sum`` is the sum of the learning rates of the steps that led to ``tensors``, skipped ones left out: how far a
     constant gradient would have taken them. Under SGD with a proximal term on whole tensors, each step's rate counts
@@ -89,7 +90,7 @@ def tune(
     Parameters
     ----------
     train
-        Examples with ``input_ids`` and ``labels`` (see :func:`offsite_fl.data.examples.to_examples`).
+        Examples as :func:`offsite_fl.data.by_task.examples_for` makes them for what ``network`` is for.
     config
         ``max_steps`` overrides ``epochs``. ``schedule_offset`` also says where in the endless sequence of seeded epochs
         this call begins, so that rounds walk on through the data instead of repeating its beginning.
@@ -141,7 +142,9 @@ def planned_steps(examples: int, config: TuneConfig) -> int:
 
 def _steps(train: Dataset, config: TuneConfig, pad_id: int) -> Iterator[list[Batch]]:
     """Without end: the batches of each optimiser step from step ``schedule_offset`` on."""
-    loader = make_loader(train, config.batch_size, pad_id=pad_id, shuffle=True, seed=config.seed)
+    loader = make_loader(
+        train, config.batch_size, pad_id=pad_id, shuffle=True, seed=config.seed, augment=config.augment
+    )
     count = steps_per_epoch(len(train), config)
     order = loader.sampler
     assert isinstance(order, SeededOrder)
@@ -167,6 +170,7 @@ class _Loop:
         correction: Mapping[str, Tensor],
     ) -> None:
         self.network, self.trainable, self.config, self.accelerator = network, trainable, config, accelerator
+        self.objective = objective_of(network)
         scale = config.lora_alpha / config.lora_rank if config.lora_rank else 1.0
         watched = {**trainable, **beside}
         start = watched if received is None else received
@@ -218,14 +222,14 @@ class _Loop:
     def _step(self, group: list[Batch], step: int, total: int) -> tuple[float, int]:
         """One optimiser step over a group of batches; returns its mean loss and the number of predicted tokens."""
         batches = [{n: t.to(self.accelerator.device) for n, t in batch.items()} for batch in group]
-        # Over all tokens of the step, so that accumulated batches weigh exactly as one large batch would.
-        count = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in group)
+        # Over all tokens (or examples) of the step: accumulated batches weigh exactly as one large batch would.
+        count = sum(self.objective.count(batch) for batch in group)
         if count == 0:
             raise DataError(f"the examples of step {step} have no token to predict; every example needs an answer")
         loss = 0.0
         for number, batch in enumerate(batches):
             with self.accelerator.autocast():
-                share = causal_nll(self.network, batch)[0] / count
+                share = self.objective.nll(self.network, batch)[0] / count
             loss += share.item()
             if number == 0 and self.proximal is not None:
                 share = share + self.config.proximal_mu / 2 * self.proximal()
@@ -234,7 +238,7 @@ class _Loop:
                 raise OffsiteError(_NO_GRADIENT)
             self.accelerator.backward(share)
         self._update(step, total)
-        self.tokens += sum(int(batch["attention_mask"].sum()) for batch in group)
+        self.tokens += sum(int(batch["attention_mask"].sum()) for batch in group if "attention_mask" in batch)
         return loss, count
 
     def _update(self, step: int, total: int) -> None:
@@ -248,8 +252,7 @@ class _Loop:
             raise OffsiteError(_NO_GRADIENT)
         schedule = config.schedule_steps or config.schedule_offset + total
         rate = learning_rate(config, config.schedule_offset + step - 1, schedule)
-        for parameters_of in self.optimizer.param_groups:
-            parameters_of["lr"] = rate
+        set_rate(self.optimizer, rate)
         self._correct()
         self.optimizer.step()
         self._count(rate, self.accelerator.optimizer_step_was_skipped)
@@ -276,7 +279,7 @@ class _Loop:
     def _watch(self, validation: Dataset, pad_id: int, step: int, total: int) -> float:
         loader = make_loader(validation, self.config.batch_size, pad_id=pad_id)
         with self.accelerator.autocast():
-            loss = evaluate_loss(self.network, loader, self.accelerator.device).loss
+            loss = evaluate_loss(self.network, loader, self.accelerator.device, nll=self.objective.nll).loss
         self._must_be_finite(loss, "validation loss", step, total)
         if self.best is None or loss < self.best[0]:
             self.best = (loss, step, self._copy(), self.lr_sum)

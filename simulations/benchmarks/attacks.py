@@ -15,14 +15,17 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from offsite_fl.errors import OffsiteError
+from offsite_fl.evaluation import checks
+from offsite_fl.evaluation.lines import append_line, read_lines
 from simulations.benchmarks.attack_world import World
 
 console = Console()
@@ -87,22 +90,39 @@ class Cell:
     others_dropped: int = 0
 
     @property
-    def key(self) -> tuple[Setup, int, str, str]:
+    def key(self) -> str:
         """Which federation it is."""
-        return self.setup, self.seed, self.attack, self.way
+        return key_of(self.setup, self.seed, self.attack, self.way)
+
+    @property
+    def error(self) -> None:
+        """One that fails ends the benchmark, so there is none in the file."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A line of the file."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: object) -> Cell:
+        """Read what :meth:`to_dict` wrote."""
+        found = checks.entries(value, "cell", ("setup", "seed", "attack", "way", "loss"), cls.__dataclass_fields__)
+        return cls(**{**found, "setup": Setup(**checks.entries(found["setup"], "setup", Setup.__dataclass_fields__))})
 
 
-def read(path: Path) -> Iterator[Cell]:
+def key_of(setup: Setup, seed: int, attack: str, way: str) -> str:
+    """The name of a federation in the file."""
+    return json.dumps([asdict(setup), seed, attack, way])
+
+
+def read(path: Path) -> list[Cell]:
     """The cells of a file, a line of JSON each."""
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        entry = json.loads(line)
-        yield Cell(**{**entry, "setup": Setup(**entry["setup"])})
+    return read_lines(path, Cell.from_dict)
 
 
 def missing(known: Iterable[Cell], setup: Setup, seed: int) -> list[tuple[Way, str]]:
     """What is still to run with a seed."""
     keys = {cell.key for cell in known}
-    return [(way, attack) for way in WAYS for attack in ATTACKS if (setup, seed, attack, way.name) not in keys]
+    return [(way, attack) for way in WAYS for attack in ATTACKS if key_of(setup, seed, attack, way.name) not in keys]
 
 
 def measure(world: World, setup: Setup, seed: int, way: Way, attack: str) -> Cell:
@@ -123,18 +143,15 @@ def fill(path: Path, setup: Setup, seed: int, workdir: Path) -> None:
     todo = missing(read(path), setup, seed)
     if not todo:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as out:
-        world = World(workdir, seed, setup.rounds, setup.steps, setup.test_tokens, setup.attacker)
-        if not any(cell.seed == seed and cell.setup == setup for cell in read(path)):
-            console.print(f"seed {seed}: untuned {world.untuned():.3f}")
-        for way, attack in todo:
-            began = time.process_time()
-            cell = measure(world, setup, seed, way, attack)
-            out.write(json.dumps(asdict(cell)) + "\n")
-            out.flush()
-            seconds = time.process_time() - began
-            console.print(f"seed {seed}: {way.name}, {attack or 'none'}: {cell.loss:.3f} ({seconds:.1f} s of one core)")
+    world = World(workdir, seed, setup.rounds, setup.steps, setup.test_tokens, setup.attacker)
+    if not any(cell.seed == seed and cell.setup == setup for cell in read(path)):
+        console.print(f"seed {seed}: untuned {world.untuned():.3f}")
+    for way, attack in todo:
+        began = time.process_time()
+        cell = measure(world, setup, seed, way, attack)
+        append_line(path, cell)
+        seconds = time.process_time() - began
+        console.print(f"seed {seed}: {way.name}, {attack or 'none'}: {cell.loss:.3f} ({seconds:.1f} s of one core)")
 
 
 def table(cells: Iterable[Cell], setup: Setup) -> str:
@@ -185,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OffsiteError as error:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 1
-    cells = list(read(given.out))
+    cells = read(given.out)
     console.print(table(cells, setup), markup=False, soft_wrap=True)
     console.print(f"half-range over {given.seeds} seeds without an attack: at most {spread(cells, setup):.3f}")
     return 0

@@ -15,19 +15,26 @@ from simulations.texts.books import (
     public_books,
     write_book_files,
 )
+from simulations.texts.choices import CHOICES, choices_folder, write_choice_files
 from simulations.texts.corpus import bible, shakespeare
+from simulations.texts.kinds import KINDS, kinds_folder, labelled_passages, write_kind_files
 from simulations.texts.owners import OWNERS, Share, partition, passages, quickstart_folder, write_owner_files
 from simulations.texts.store import fetch, texts_folder
 
 __all__ = [
     "BOOK_OWNERS",
+    "CHOICES",
+    "KINDS",
     "OWNERS",
     "Share",
     "bible",
     "book_partition",
     "books",
     "books_folder",
+    "choices_folder",
     "fetch",
+    "kinds_folder",
+    "labelled_passages",
     "partition",
     "passages",
     "public_books",
@@ -35,5 +42,7 @@ __all__ = [
     "shakespeare",
     "texts_folder",
     "write_book_files",
+    "write_choice_files",
+    "write_kind_files",
     "write_owner_files",
 ]

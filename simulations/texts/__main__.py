@@ -7,7 +7,17 @@ import sys
 from rich.console import Console
 
 from offsite_fl.errors import DataError
-from simulations.texts import books_folder, fetch, quickstart_folder, write_book_files, write_owner_files
+from simulations.texts import (
+    books_folder,
+    choices_folder,
+    fetch,
+    kinds_folder,
+    quickstart_folder,
+    write_book_files,
+    write_choice_files,
+    write_kind_files,
+    write_owner_files,
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -20,6 +30,8 @@ def main(arguments: list[str]) -> int:
         written = list(write_owner_files(arguments[0] if arguments else quickstart_folder()).items())
         if not arguments:
             written += write_book_files(books_folder()).items()
+            written += write_choice_files(choices_folder()).items()
+            written += write_kind_files(kinds_folder()).items()
         for name, path in written:
             console.print(f"{name}: {path} ({path.stat().st_size:,} bytes)", soft_wrap=True)
     except DataError as error:

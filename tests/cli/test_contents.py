@@ -24,6 +24,7 @@ def test_harmonizers_are_named() -> None:
     }
     out = io.StringIO()
     found = {"bundle": "b", "digest": "d", "kinds": {}, "bytes": 0, "share_of_full_model": None, "model_type": "llama"}
+    found |= {"task": "causal-lm", "head": [], "processor": "tokenizer"}
     places = [[place.role, place.slot] for place in layout]
     print_contents(found | {"places": places, "emulator": blocks, "owner": None}, Console(file=out, width=160))
     assert "1 harmonizer in place of the block, rank 4; 1 int8, groups of 16" in out.getvalue()

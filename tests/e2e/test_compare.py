@@ -52,7 +52,7 @@ def test_a_grid_is_measured_once_and_the_second_time_nothing_runs(ground: Path) 
     listed = json.loads(compare(ground, "--list").stdout)
     assert {entry["state"] for entry in listed} == {"to do"}
 
-    done = compare(ground)
+    done = compare(ground, "--tracker", "tensorboard")
     assert done.returncode == 0, done.stderr
     table = json.loads(done.stdout)
     by_role = {(s["role"], s["strategy"]): s for s in table["standings"]}
@@ -67,6 +67,8 @@ def test_a_grid_is_measured_once_and_the_second_time_nothing_runs(ground: Path) 
     lines = (ground / "out" / "cells.jsonl").read_text().splitlines()
     first = next(found for found in map(json.loads, lines) if found["strategy"] == "fedavg")
     assert set(first["by_client"]) == {f"client-{i}" for i in range(len(OWNERS))} and len(first["rounds"]) == 3
+
+    assert len(list((ground / "out" / "tracking").iterdir())) == len(lines)  # each cell is a run there
 
     page = (ground / "out" / "compare.html").read_text()
     assert page.startswith("<!DOCTYPE html>") and "fedavg" in page

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from offsite_fl.config import CACHE_VARIABLE
 from offsite_fl.evaluation.record import RunReport
@@ -35,7 +36,7 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
     write_model(ground / "model")
     write_data(ground / "data")
     with local_flower(ground / "flower", supernodes=len(OWNERS)) as flower:
-        whole = run(flower, ground, "whole", **{"repair.run": True})
+        whole = run(flower, ground, "whole", **{"repair.run": True, "run.tracker": "tensorboard"})
         assert any("flower-superlink" in line for line in running(ground))  # it can be found while it runs
         half = run(flower, ground, "halves", **{"num-server-rounds": 1})
         halves = run(flower, ground, "halves", **{"run.resume": True, "repair.run": True})
@@ -45,6 +46,12 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
     assert [len(report.rounds) for report in (whole, half, halves)] == [1 + 2, 1 + 1, 1 + 2]
     page = (ground / "whole" / "report.html").read_text()
     assert page.startswith("<!DOCTYPE html>") and "full fine-tuning" in page
+
+    tracked = EventAccumulator(str(ground / "whole" / "tracking" / "whole"))
+    tracked.Reload()
+    curve = [entry.plug_in.loss for entry in whole.rounds if entry.plug_in is not None]
+    assert [event.value for event in tracked.Scalars("plug-in/loss")] == pytest.approx(curve) and len(curve) == 1 + 2
+    assert tracked.Scalars("rows/plug_in/loss")[0].value == pytest.approx(whole.rows.plug_in.loss)
 
     assert whole.ledger.total(round=1, kind="bundle") > 0
     assert whole.ledger.total(round=2, kind="bundle") == 0

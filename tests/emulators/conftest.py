@@ -17,6 +17,7 @@ from offsite_fl.emulators.layer_drop import LayerDrop
 from offsite_fl.emulators.report import emulated_network
 from offsite_fl.emulators.student import Teacher
 from offsite_fl.evaluation.loss import causal_nll
+from offsite_fl.evaluation.objective import Objective
 from offsite_fl.models.blocks import find_blocks
 
 
@@ -132,5 +133,5 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return nll(model, batch)
 
     monkeypatch.setattr(Teacher, "forward", forward)
-    monkeypatch.setattr("offsite_fl.emulators.student.causal_nll", loss)
+    monkeypatch.setattr("offsite_fl.emulators.student.objective_of", lambda model: Objective(loss, len))
     return counts

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from offsite_fl.emulators import describe_emulators
-from offsite_fl.emulators.applies import BY_LINEARS, BY_NEXT_TOKEN, why_not
+from offsite_fl.emulators.applies import BY_LINEARS, BY_LOSS, BY_NEXT_TOKEN, why_not
 from offsite_fl.emulators.streams import batch_length, first_examples, merged
 from offsite_fl.models.blocks import find_blocks
 from tests.models.families import build
@@ -16,16 +16,22 @@ NAMES = {method.name for method in describe_emulators()}
 
 
 def test_the_tables_name_what_there_is() -> None:
-    assert BY_NEXT_TOKEN | BY_LINEARS <= NAMES
+    assert BY_LOSS | BY_LINEARS <= NAMES and BY_NEXT_TOKEN <= BY_LOSS
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
-def test_a_language_model_has_all_and_a_classifier_those_without_a_loss(name: str) -> None:
-    llama, bert = build("llama2"), build("bert")
+def test_a_language_model_has_all_and_others_those_that_their_loss_allows(name: str) -> None:
+    llama = build("llama2")
     assert why_not(name, llama, find_blocks(llama)) is None
-    reason = why_not(name, bert, find_blocks(bert))
-    assert (reason is None) == (name not in BY_NEXT_TOKEN)
-    assert reason is None or "sequence-classification" in reason
+    for family, task, refused in (
+        ("bert", "sequence-classification", BY_NEXT_TOKEN),
+        ("vit", "image-classification", BY_NEXT_TOKEN),
+        ("t5", "seq2seq-lm", BY_LOSS),
+    ):
+        model = build(family)
+        reason = why_not(name, model, find_blocks(model))
+        assert (reason is None) == (name not in refused)
+        assert reason is None or task in reason
 
 
 def test_blocks_without_a_linear() -> None:

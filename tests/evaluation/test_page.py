@@ -168,6 +168,26 @@ def test_odd_entries_of_an_edited_file_still_make_a_page() -> None:
     assert "more" in Reader(render_page(report)).text
 
 
+def test_a_federation_in_accuracy() -> None:
+    """Per cent and points, higher is better, and the data owners' loss isn't said to be per token of text."""
+    shares = (0.37, 0.31, 0.348, 0.49, 0.53)
+    rows = FiveRows(*(Row(accuracy=share) for share in shares))
+    clients = {"wisdom": {"train_loss": 2.0}}
+    rounds = [RoundRecord(i, Row(accuracy=0.37 + 0.06 * i), Row(accuracy=0.31), clients) for i in range(3)]
+    read = Reader(render_page(RunReport(rows, rounds=rounds)))
+    text = " ".join(read.text.split())
+    assert "The plug-in model gains 75% of what full fine-tuning gains." in text
+    assert "The tuned emulator is 2.2 points worse than the untuned full model (accuracy 34.8% against 37.0%)." in text
+    for said in ("Plug-in accuracy", "49.0%", "14.2 points", "+12.0", "\N{MINUS SIGN}6.0", "training loss, nats"):
+        assert said in text, said
+    assert not re.search(
+        r"perplexity|nats/token|nats per token", text.partition("How it was made")[0].partition("Adapter:")[0]
+    )
+    drawn = row_curve(rounds, rows, "plug_in")
+    assert drawn is not None and "45%" in drawn.svg and ">accuracy<" in drawn.svg
+    assert [mark.label for mark in drawn.legend] == ["plug-in", "full zero-shot", "full fine-tuning"]
+
+
 def test_one_round_and_a_skipped_one() -> None:
     report = federation(rounds=1)
     report.rounds[1].skipped = True

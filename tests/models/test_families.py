@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset  # type: ignore[import-untyped,unused-ignore]
+from PIL import Image as Pillow
 from torch import nn
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from offsite_fl.bundle import Bundle
 from offsite_fl.config import TuneConfig
@@ -25,12 +27,12 @@ from offsite_fl.errors import ModelError, OffsiteError, UpdateError
 from offsite_fl.models.blocks import block_list, find_blocks
 from offsite_fl.models.network import adapter_parameters, plan_network
 from offsite_fl.models.split import Split
-from offsite_fl.models.tasks import NEXT_TOKEN, build_model, task_of
+from offsite_fl.models.tasks import CLASSIFICATION, NEXT_TOKEN, build_model, task_of
 from offsite_fl.owner import ModelOwner
 from offsite_fl.update import Update
 from tests.conftest import make_tokenizer
 
-from .families import DEPTH, FAMILIES, Batch, batch_for, build, output_of
+from .families import DEPTH, FAMILIES, IMAGE, Batch, batch_for, build, output_of
 
 NAMES = sorted(FAMILIES)
 ENDS, MIDDLE = (0, 5), (1, 2, 3, 4)
@@ -58,13 +60,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Parties]:
 
     class Made(dict[str, Parties]):
         def __missing__(self, name: str) -> Parties:
-            # A tokenizer stands in for the image processor of a vision model.
-            owner = ModelOwner(model_of(name), make_tokenizer(), Split(first=1, last=1))
+            owner = ModelOwner(model_of(name), processor_of(name), Split(first=1, last=1))
             bundle = owner.make_bundle("layer-drop:keep=2", home / name)
             self[name] = Parties(owner, bundle, DataOwner.open(bundle, device="cpu"))
             return self[name]
 
     return Made()
+
+
+def processor_of(name: str) -> Any:
+    """An image processor for classifiers of images; else a tokenizer, which stands in for a vision tower's too."""
+    images = FAMILIES[name].task == "image-classification"
+    return ViTImageProcessorPil(size={"height": IMAGE, "width": IMAGE}) if images else make_tokenizer()
 
 
 @contextmanager
@@ -85,12 +92,14 @@ def handing_on(model: nn.Module, places: tuple[int, ...]) -> Iterator[None]:
 
 
 def context_of(name: str) -> Context:
-    """Two batches of calibration data, with labels where the model predicts tokens."""
+    """Two batches of calibration data, with labels where the model predicts tokens or classes."""
     batches = []
     for seed in (1, 2):
         batch = batch_for(name, rows=4, seed=seed)
         if FAMILIES[name].task in NEXT_TOKEN:
             batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        if FAMILIES[name].task in CLASSIFICATION:
+            batch["labels"] = torch.tensor([0, 1, 1, 0])
         batches.append(batch)
     model = model_of(name)
     return Context(model, find_blocks(model), ENDS, MIDDLE, tuple(batches), tuple(batches))
@@ -140,6 +149,7 @@ def test_one_step_trains_the_adapter_alone_and_plugs_in(name: str, made: dict[st
     torch.optim.SGD(adapter.values(), lr=0.1).step()
     network.zero_grad(set_to_none=True)
     inside = tuple(f"{data_owner.plan.blocks_path}.{place}." for place in data_owner.plan.adapter_places().values())
+    inside += data_owner.plan.head
     changed = {n for n, t in network.state_dict().items() if not torch.equal(t, before[n])}
     assert changed and all(n.startswith(inside) for n in changed)
     tuned = data_owner.adapter()
@@ -151,7 +161,7 @@ def test_one_step_trains_the_adapter_alone_and_plugs_in(name: str, made: dict[st
 def check_plug_in(owner: ModelOwner, data_owner: DataOwner, tuned: dict[str, torch.Tensor]) -> None:
     """Exactly the adapter's tensors change, or none and an error; the model is put back."""
     before = {n: t.clone() for n, t in owner.model.state_dict().items()}
-    inside = tuple(f"{owner.blocks.path}.{index}." for index in ENDS)
+    inside = (*(f"{owner.blocks.path}.{index}." for index in ENDS), *owner.head)
 
     def changed() -> set[str]:
         return {n for n, t in owner.model.state_dict().items() if not torch.equal(t, before[n])}
@@ -172,9 +182,12 @@ def check_plug_in(owner: ModelOwner, data_owner: DataOwner, tuned: dict[str, tor
 @pytest.mark.parametrize("name", NAMES)
 def test_tuning_by_the_data_owner(name: str, made: dict[str, Parties]) -> None:
     data_owner, before = made[name].data_owner, made[name].data_owner.adapter()
-    data = Dataset.from_dict({"text": ["the cat sat on the mat. " * 3]})
+    data = Dataset.from_dict({"text": ["the cat sat on the mat. " * 3, "the dog lay there. " * 4], "label": [0, 1]})
+    if FAMILIES[name].task == "image-classification":
+        pictures = [Pillow.new("RGB", (20, 20), color) for color in ("red", "blue")]
+        data = Dataset.from_dict({"image": pictures, "label": [0, 1]})
     config = TuneConfig(max_steps=1, block_size=16, batch_size=2, device="cpu")
-    if FAMILIES[name].task not in NEXT_TOKEN:
+    if FAMILIES[name].task not in (*NEXT_TOKEN, *CLASSIFICATION):
         with pytest.raises(ModelError, match="has no next-token loss"):
             data_owner.tune(data, config)
         assert all(torch.equal(data_owner.adapter()[n], t) for n, t in before.items())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -216,6 +218,25 @@ def test_a_site_with_public_examples_is_refused(owner: ModelOwner, nodes: dict[i
     assert set(strategy.history[1].clients) == {"a"}
 
 
+def test_other_public_text_is_for_another_state_dir(owner: ModelOwner, nodes: dict[int, Any]) -> None:
+    """A site answers one question for good; a simulation's operator gives each run a folder, and bundles stay."""
+    other = Dataset.from_dict({"text": ["another public text than the one before. " * 4]})
+
+    def run_in(state: str, public: Dataset) -> OffsiteTuning:
+        own = {node: {**config, "state-dir": str(Path(config["cache-dir"]) / state)} for node, config in nodes.items()}
+        strategy = strategy_for(owner, public=public)
+        strategy.start(FakeGrid(make_client_app(), own), num_rounds=1)
+        return strategy
+
+    first, second, third = run_in("one", PUBLIC), run_in("two", other), run_in("one", other)
+    assert not reasons(first) and not reasons(second)
+    assert sum("OtherPublicText" in reason for reason in reasons(third)) == 2 and third.history[1].skipped
+    assert first.ledger.total(kind="bundle") > 0 == second.ledger.total(kind="bundle")
+    root = Path(nodes[500]["cache-dir"])
+    assert not list(root.glob("public/*")) and not list(root.glob("patches/*"))
+    assert {path.parts[-4] for path in root.glob("*/patches/*/*")} == {"one", "two"}
+
+
 def test_each_message_in_a_process_of_its_own(owner: ModelOwner, nodes: dict[int, Any]) -> None:
     """Fault 14: the client of the public code can't run distributed. As deployed, each message finds a new process."""
     app = make_client_app()
@@ -231,6 +252,36 @@ def test_each_message_in_a_process_of_its_own(owner: ModelOwner, nodes: dict[int
         assert not reasons(strategy)
         states.append(strategy.state)
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_after_plug_in_exactly_the_adapter_differs(owner: ModelOwner, nodes: dict[int, Any]) -> None:
+    """Fault 1: names that fit nowhere were ignored, and what was measured as plug-in was the raw model."""
+    before = {name: tensor.clone() for name, tensor in owner.model.state_dict().items()}
+    strategy = strategy_for(owner)
+    strategy.start(FakeGrid(make_client_app(), nodes), num_rounds=1)
+    update = strategy.update()
+    with owner.plugged_in(update.tensors, update.lora) as full:
+        changed = {name for name, tensor in full.state_dict().items() if not torch.equal(tensor, before[name])}
+    last = owner.blocks.depth - 1
+    targets = {f"{owner.blocks.path}.{last}.{slot.split('.', 2)[2]}" for slot in owner.lora_targets(update.lora)}  # type: ignore[arg-type]
+    assert changed == targets and len(targets) == 7
+    # As their keys are, relative to the list of blocks.
+    foreign = {name.partition(".")[2]: value for name, value in owner.adapter().items()}
+    with pytest.raises(OffsiteError, match="input_layernorm"), owner.plugged_in(foreign):
+        pass
+    assert all(torch.equal(tensor, before[name]) for name, tensor in owner.model.state_dict().items())
+
+
+def test_who_sat_out_gets_the_patch_of_now(owner: ModelOwner, nodes: dict[int, Any]) -> None:
+    """Fault 21: one of two sites a round; whoever comes back is on the server's emulator and not on an old one."""
+    random.seed(3)
+    client, seen = Recorded(), []
+    some = {"fraction_train": 0.5, "min_train_nodes": 1}
+    strategy = strategy_for(owner, fedbiot(**some))
+    strategy.start(FakeGrid(client, nodes), num_rounds=5, evaluate_fn=lambda r, a: seen.append(strategy.patch) or None)
+    taking_part = [next(iter(entry.clients)) for entry in strategy.history[1:]]
+    assert set(taking_part) == {"a", "b"} and any(one != two for one, two in itertools.pairwise(taking_part))
+    assert not reasons(strategy) and client.said == [patch.digest for patch in seen[1:]] and len(set(client.said)) == 5
 
 
 def test_a_round_that_nobody_answers_leaves_the_run_going(owner: ModelOwner, nodes: dict[int, Any]) -> None:
@@ -446,6 +497,15 @@ def test_the_adapter_must_be_the_last_blocks_unless_any_will_do(tmp_path: Path) 
     with pytest.raises(ConfigError, match=r"the split is .*: set it to 0-2, or take fedbiot:placement=any"):
         strategy_for(owner)
     assert strategy_for(owner, fedbiot(placement="any")).patch is None
+
+
+def test_what_is_aligned_can_be_said_by_name(owner: ModelOwner) -> None:
+    base = make_strategy("fedbiot:hidden=layerwise,kl-temperature=2")
+    assert strategy_for(owner, base).base is base and isinstance(base, FedBiOT) and base.aligner is not None
+    assert (base.aligner.options.hidden, base.aligner.options.kl_temperature) == ("layerwise", 2.0)
+    for spec, said in (("hidden=l2", "hidden = 'l2' isn't possible"), ("kl-temperature=0", "kl_temperature must be")):
+        with pytest.raises(ConfigError, match=said):
+            make_strategy(f"fedbiot:{spec}")
 
 
 def test_by_name() -> None:

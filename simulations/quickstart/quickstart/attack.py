@@ -9,14 +9,13 @@ import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from flwr.app import Context, Error, Message
-from flwr.clientapp.typing import ClientAppCallable
+from flwr.app import Context
 from transformers import PreTrainedTokenizerBase
 
-from offsite_fl.client_app import Data, LoadData
-from offsite_fl.errors import ConfigError, OffsiteError
+from offsite_fl.client_app import LoadData
+from offsite_fl.errors import ConfigError
+from offsite_fl.local.misbehaving import misbehaving, or_poisoned
 from offsite_fl.models.load import load_model
-from offsite_fl.wire import names
 from quickstart.settings import model_path
 
 if TYPE_CHECKING:
@@ -38,36 +37,23 @@ def threat_of(run_config: Mapping[str, Any]) -> Threat | None:
     return Threat.of(run_config)
 
 
-def misbehave(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """A Flower mod around tuning that does what the run config says, or nothing."""
-    try:
-        threat = threat_of(context.run_config)
-    except OffsiteError as error:
-        return Message(Error(names.REFUSED, f"{type(error).__name__}: {error}"), reply_to=message)
-    return call_next(message, context) if threat is None else threat.mod(message, context, call_next)
+def _found(context: Context) -> Threat | None:
+    return threat_of(context.run_config)
+
+
+misbehave = misbehaving(_found)  # a Flower mod around tuning that does what the run config says, or nothing
 
 
 def or_flipped(load_data: LoadData) -> LoadData:
     """``load_data``, with flipped labels for attackers where the run config asks for that."""
 
-    @functools.wraps(load_data)
-    def load(context: Context) -> Data:
-        threat = threat_of(context.run_config)
-        if threat is None or not threat.behaviour.flips_labels:
-            return load_data(context)
+    def poison(threat: Any, context: Context) -> LoadData:
         from simulations.attacks import with_flipped_labels
 
-        tune = {key: context.run_config[f"tune.{key}"] for key in ("block-size", "loss-on")}
-        poisoned = with_flipped_labels(
-            load_data,
-            threat.attackers,
-            tokenizer_of,
-            int(tune["block-size"]),
-            tune["loss-on"],  # type: ignore[arg-type]
-        )
-        return poisoned(context)
+        size, loss_on = (context.run_config[f"tune.{key}"] for key in ("block-size", "loss-on"))
+        return with_flipped_labels(load_data, threat.attackers, tokenizer_of, int(size), loss_on)  # type: ignore[arg-type]
 
-    return load
+    return or_poisoned(load_data, _found, poison)
 
 
 def tokenizer_of(context: Context) -> PreTrainedTokenizerBase:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from offsite_fl.apps import BaselinePart, FederationKeys, RunPart, parts_of
 from offsite_fl.config import TuneConfig, cache_root, from_mapping
 from offsite_fl.errors import DataError, ModelError
-
-GROUPS = ("tune.", "data.", "test.", "baseline.", "repair.", "run.")
 
 
 def model_path(model: str) -> str:
@@ -24,28 +23,10 @@ def model_path(model: str) -> str:
 
 
 @dataclass(frozen=True)
-class Main:
+class Main(FederationKeys):
     """The keys without a dot."""
 
-    model: str
-    split: str
-    emulator: str
-    bundle_dtype: str
-    bundle_shard_size: str
     calibration_tokens: int
-    strategy: str
-    num_server_rounds: int
-    min_results: int
-    max_update_norm: float
-    clip_update_norm: float
-    max_norm_ratio: float
-    min_cosine: float | None
-    streaming: bool
-    round_deadline: float
-    quorum: int
-    codec: str
-    delivery_timeout: float
-    seed: int
     attack: str
     attackers: tuple[int, ...]
 
@@ -78,18 +59,18 @@ class DataPart:
 
 @dataclass(frozen=True)
 class TestPart:
-    """How much held-out text, and every how many rounds."""
+    """How much held-out text, every how many rounds, and what is measured on it.
+
+    ``measure`` is "loss" on text, or "accuracy" where the test file holds multiple choice.
+    """
 
     tokens: int
     every: int
+    measure: Literal["loss", "accuracy"]
 
-
-@dataclass(frozen=True)
-class BaselinePart:
-    """The fifth row."""
-
-    run: bool
-    lr: float
+    def examples(self, block_size: int) -> int:
+        """How many examples of that size the tokens are, as :class:`offsite_fl.measure.Measure` counts them."""
+        return max(1, self.tokens // block_size)
 
 
 @dataclass(frozen=True)
@@ -99,16 +80,6 @@ class RepairPart:
     run: bool
     share: float
     scale: float
-
-
-@dataclass(frozen=True)
-class RunPart:
-    """Where results go."""
-
-    folder: str
-    resume: bool
-    keep_checkpoints: int
-    save_model: bool
 
 
 @dataclass(frozen=True)
@@ -126,16 +97,13 @@ class Settings:
     @classmethod
     def of(cls, run_config: Mapping[str, Any]) -> Settings:
         """From a run config; ``ConfigError`` names the key that is wrong."""
-        main = {key: value for key, value in run_config.items() if not key.startswith(GROUPS)}
-        tune = {key: value for key, value in run_config.items() if key.startswith("tune.")} | {
-            "tune.seed": main["seed"]
-        }
-        return cls(
-            from_mapping(Main, main),
-            from_mapping(TuneConfig, tune, "tune."),
-            DataPart.of(run_config),
-            from_mapping(TestPart, run_config, "test."),
-            from_mapping(BaselinePart, run_config, "baseline."),
-            from_mapping(RepairPart, run_config, "repair."),
-            from_mapping(RunPart, run_config, "run."),
+        main, tune, parts = parts_of(
+            run_config,
+            Main,
+            data=DataPart,
+            test=TestPart,
+            baseline=BaselinePart,
+            repair=RepairPart,
+            run=RunPart,
         )
+        return cls(main, tune, **parts)
