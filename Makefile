@@ -12,8 +12,9 @@ MODEL ?= smollm2
 TASK ?= text
 # More for the demo: DEMO="--set tune.lr=1e-3 --gpus-per-client 0.25".
 DEMO ?=
-# Two workers with one thread each: tests run many tiny models, which threads only slow down.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# Two workers with one thread each: tests run many tiny models, which threads only slow down. Who is idle takes over tests
+# of the other one, so that the long ones with real processes don't queue behind each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Nothing is fetched from a model hub and nothing is reported to anybody while we work.
 export HF_HUB_OFFLINE := 1

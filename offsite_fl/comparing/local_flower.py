@@ -35,6 +35,8 @@ QUIET = {
     "HF_DATASETS_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    # Server and clients share the cores: threads that wait in a busy loop take them from those who have work.
+    "OMP_WAIT_POLICY": "PASSIVE",
 }
 # Flower's programs start each other by bare name, so their folder must be on the path.
 PATHS = f"{BIN}{os.pathsep}{os.environ.get('PATH', os.defpath)}"

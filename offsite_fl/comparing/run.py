@@ -131,7 +131,7 @@ class Comparison:
 
     def _environment(self, number: int, gpus_per_client: float) -> dict[str, str]:
         # Clients run side by side, a thread each; the server, which measures while they wait, sets its own.
-        found = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        found = {"OMP_NUM_THREADS": "1"}
         if any(self.settings.grid.attacks):
             found |= module_path(Path.cwd())  # where the package of attacks is looked for
         if gpus_per_client > 0 and (count := torch.cuda.device_count()) > 1:

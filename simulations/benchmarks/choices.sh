@@ -4,8 +4,6 @@
 #   sh simulations/benchmarks/choices.sh
 # More arguments go to each run: --set emulator=quantize:bits=4,group=0
 set -eu
-# Threads that wait in a busy loop cost more than they bring where Flower and Ray run many processes.
-export OMP_WAIT_POLICY=PASSIVE
 folders=""
 mkdir -p runs/choices
 for seed in 0 1 2; do

@@ -5,8 +5,6 @@
 #   sh simulations/benchmarks/vision.sh texts
 # More arguments go to each run: --set data.partition=iid
 set -eu
-# Threads that wait in a busy loop cost more than they bring where Flower and Ray run many processes.
-export OMP_WAIT_POLICY=PASSIVE
 task="$1"
 shift
 folders=""

@@ -15,6 +15,7 @@ def classifier_owner(settings: Settings) -> ModelOwner:
     if main.image_size:
         processor.size = {"shortest_edge": main.image_size}
         processor.crop_size = {"height": main.image_size, "width": main.image_size}
-    owner = ModelOwner(model, processor, Split.parse(main.split))
+    head = main.head[0] if len(main.head) == 1 and main.head[0] in ("auto", "none") else main.head
+    owner = ModelOwner(model, processor, Split.parse(main.split), head=head)
     owner.set_nearest_mean_head(public, block_size=settings.tune.block_size)
     return owner

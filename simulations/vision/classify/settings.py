@@ -23,6 +23,7 @@ class Main(FederationKeys):
     """The keys without a dot."""
 
     task: str
+    head: tuple[str, ...]
     image_size: int
 
 
