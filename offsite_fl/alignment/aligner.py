@@ -25,6 +25,7 @@ from offsite_fl.emulators.distill import relative_error
 from offsite_fl.emulators.student import evaluating
 from offsite_fl.errors import OffsiteError, UpdateError
 from offsite_fl.evaluation.loss import causal_nll
+from offsite_fl.models.tasks import need_next_token
 from offsite_fl.owner import ModelOwner
 from offsite_fl.patch import Patch
 from offsite_fl.tuning.emulator_lora import EmulatorLora
@@ -74,6 +75,7 @@ class Aligner:
         found = bundle or owner.bundle
         if found is None:
             raise UpdateError("there is no emulator to align: call make_bundle() or use_bundle() first")
+        need_next_token(owner.model)  # the divergence is one of next-token predictions
         self.owner, self.options = owner, options or AlignmentOptions()
         self.step = 0
         self._patch: tuple[int, Patch] | None = None

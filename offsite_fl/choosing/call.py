@@ -16,6 +16,7 @@ from offsite_fl.data.sources import Source
 from offsite_fl.emulators.budget import stored_bytes
 from offsite_fl.evaluation.record import versions
 from offsite_fl.models.blocks import block_list
+from offsite_fl.models.tasks import need_next_token
 from offsite_fl.owner import ModelOwner
 
 
@@ -79,6 +80,7 @@ def choose(
         test_tokens=test_tokens,
     )
     check(not full_fine_tuning or data is not None, "full fine-tuning needs data to tune on: give data too")
+    need_next_token(owner.model)  # candidates are compared by that loss
     stack = block_list(owner.model, owner.blocks)
     settings.budget.bytes_of(stored_bytes(stack[i] for i in owner.split.middle(owner.blocks.depth)))
     texts = read_texts(owner.tokenizer, settings, calibration, data, test)

@@ -26,6 +26,7 @@ from offsite_fl.measure import Measure
 from offsite_fl.models.blocks import find_blocks
 from offsite_fl.models.load import load_model
 from offsite_fl.models.processors import need_tokenizer
+from offsite_fl.models.tasks import need_next_token
 from offsite_fl.owner import ModelOwner
 
 BATCH = 8
@@ -47,7 +48,8 @@ class Bench:
 
     def __init__(self, settings: GridSettings, out: Path) -> None:
         self.settings = settings
-        self.model, processor = load_model(settings.model.source())
+        self.model, processor = load_model(settings.model.source(), task=None)
+        need_next_token(self.model)  # cells are compared by that loss
         self.tokenizer = need_tokenizer(processor)
         depth = find_blocks(self.model).depth
         inputs = Inputs.of(settings, fingerprint(self.model.state_dict()), depth)
