@@ -32,7 +32,7 @@ from offsite_fl.local.algorithm import LocalAlgorithm, Outcome, read_algorithm
 from offsite_fl.local.patch_store import PatchStore
 from offsite_fl.local.public_question import PublicQuestion, admit
 from offsite_fl.local.turn import Turn, loss_of
-from offsite_fl.models.head import refuse_lora
+from offsite_fl.models.head import is_head
 from offsite_fl.tuning.lora import expected_factors
 from offsite_fl.wire import names
 from offsite_fl.wire.backed import check_backed
@@ -420,19 +420,19 @@ class _Site:
 
 
 def _reference(owner: DataOwner, run: TuneConfig, arrays: Mapping[str, Array]) -> dict[str, torch.Tensor]:
-    """What travelling values are differences from: the bundle's adapter, or zeros for LoRA factors.
+    """What travelling values are differences from: the bundle's adapter, or zeros for LoRA factors and its head.
 
     No factor is made before the message's ``arrays`` were held to the shapes that its rank asks for.
     """
     shapes: dict[str, tuple[int, int]] = {}
-    refuse_lora(owner.plan.head, run.lora)
     if run.lora is not None:
         shapes = expected_factors(adapter_blocks(owner.model, owner.plan), run.lora)
         check_backed(arrays, shapes)
+    handed_out = {n: t.float() for n, t in owner.bundle.tensors().items() if n.startswith("adapter.")}
     if run.kept_lora is None:
-        handed_out = owner.bundle.tensors()
-        return {name: handed_out[name].float() for name in handed_out if name.startswith("adapter.")}
-    return {name: torch.zeros(shape) for name, shape in shapes.items()}
+        return handed_out
+    factors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    return factors | {name: value for name, value in handed_out.items() if is_head(name)}
 
 
 class _Networks:

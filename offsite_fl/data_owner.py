@@ -18,14 +18,14 @@ from transformers import PreTrainedTokenizerBase
 
 from offsite_fl.bundle import Bundle, open_bundle
 from offsite_fl.config import FrozenDtype, LoraOptions, LossOn, TuneConfig
-from offsite_fl.data.by_task import classes_of, examples_for
+from offsite_fl.data.by_task import classes_of, examples_for, pad_id_for
 from offsite_fl.data.labels import Classes
-from offsite_fl.data.loader import make_loader, pad_id_of
+from offsite_fl.data.loader import make_loader
 from offsite_fl.data.sources import Source
 from offsite_fl.errors import UpdateError
 from offsite_fl.evaluation.loss import LossResult, evaluate_loss
 from offsite_fl.evaluation.objective import objective_of
-from offsite_fl.models.head import refuse_lora
+from offsite_fl.models.head import head_parameters
 from offsite_fl.models.network import NetworkPlan, adapter_parameters, build_network, fill_network, place_blocks
 from offsite_fl.models.processors import Processor, need_tokenizer
 from offsite_fl.patch import Patch, digest_of
@@ -141,9 +141,8 @@ class DataOwner:
         The adapter goes back to the values that came in the bundle, for these are what the owner merges factors into.
         The result's ``remove()`` takes the factors out again; adapter values themselves stay frozen meanwhile.
         """
-        refuse_lora(self.plan.head, options)
         self.reset()
-        inside = add_lora(adapter_blocks(self.model, self.plan), options, seed)
+        inside = lora_inside(self.model, self.plan, options, seed)
         if factors is not None:
             inside.load(factors)
         return inside
@@ -210,7 +209,7 @@ class DataOwner:
     @property
     def pad_id(self) -> int:
         """Token id that fills short rows of a batch (they carry no loss)."""
-        return pad_id_of(self.processor)
+        return pad_id_for(self.plan.task, self.processor, self.model.config)
 
     def evaluate(self, source: Source, config: TuneConfig | None = None) -> LossResult:
         """Loss of the emulator with the adapter as it is now; ``config`` says how to cut ``source`` into batches."""
@@ -224,6 +223,11 @@ def adapter_blocks(network: nn.Module, plan: NetworkPlan) -> dict[int, nn.Module
     """The adapter's blocks in ``network`` by slot."""
     blocks = place_blocks(network, plan)
     return {slot: blocks[index] for slot, index in plan.adapter_places().items()}
+
+
+def lora_inside(network: nn.Module, plan: NetworkPlan, options: LoraOptions, seed: int = 0) -> AdapterLora:
+    """LoRA factors in the adapter's blocks of ``network``, and its head beside them."""
+    return add_lora(adapter_blocks(network, plan), options, seed, head_parameters(network, plan.head))
 
 
 def tune_adapter(
@@ -249,10 +253,9 @@ def tune_adapter(
         more = {"received": towards, "correction": correction}
         return tune(network, trained, train, config, validation=validation, pad_id=pad_id, beside=beside, **more)
 
-    refuse_lora(plan.head, config.lora)
     if config.lora is None:
         return tuned(adapter_parameters(network, plan))
-    inside = add_lora(adapter_blocks(network, plan), config.lora, config.seed)
+    inside = lora_inside(network, plan, config.lora, config.seed)
     try:
         if start is not None:
             inside.load(start)

@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset, concatenate_datasets  # type: ignore[import-untyped,unused-ignore]
 
 from offsite_fl.config import LoraOptions, LossOn, TuneConfig
-from offsite_fl.data.loader import Batch, make_loader, pad_id_of
+from offsite_fl.data.loader import Batch, make_loader
 from offsite_fl.data.sources import Source
 from offsite_fl.data_owner import DataOwner
 from offsite_fl.errors import DataError, UpdateError
@@ -78,7 +78,7 @@ class Measure:
         examples = self.owner.examples(test, self.block_size, self.loss_on)
         if max_tokens is not None and self.owner.task not in CLASSIFICATION:
             examples = examples.select(range(min(len(examples), max(1, max_tokens // self.block_size))))
-        return list(make_loader(examples, batch_size, pad_id=pad_id_of(self.owner.processor)))
+        return list(make_loader(examples, batch_size, pad_id=self.owner.pad_id))
 
     @property
     def tokens(self) -> int:
@@ -135,7 +135,7 @@ class Measure:
             {HEAD + name if name in self.owner.head else name: p for name, p in model.named_parameters()},
             train,
             config.without_lora(),
-            pad_id=pad_id_of(self.owner.processor),
+            pad_id=self.owner.pad_id,
         )
         return self._row(model)
 

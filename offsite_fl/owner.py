@@ -22,10 +22,10 @@ from transformers import PreTrainedTokenizerBase
 
 from offsite_fl.bundle import SHARD_BYTES, Bundle, OwnerMap, fingerprint, open_bundle, write_bundle
 from offsite_fl.config import LoraOptions, LossOn, TuneConfig
-from offsite_fl.data.by_task import classes_of, examples_for, has_labels
+from offsite_fl.data.by_task import classes_of, examples_for, has_labels, pad_id_for
 from offsite_fl.data.examples import split_examples
 from offsite_fl.data.labels import Classes
-from offsite_fl.data.loader import make_loader, pad_id_of
+from offsite_fl.data.loader import make_loader
 from offsite_fl.data.sources import Source
 from offsite_fl.data_owner import DataOwner, network_of, tune_adapter
 from offsite_fl.emulators import Batch, Context, Emulator, EmulatorMethod, parse_emulator, start
@@ -33,7 +33,7 @@ from offsite_fl.emulators.report import EmulatorReport, emulator_report, private
 from offsite_fl.errors import BundleError, ModelError, SplitError, UpdateError
 from offsite_fl.heads import nearest_class_mean_head
 from offsite_fl.models.blocks import Blocks, block_list, find_blocks
-from offsite_fl.models.head import HEAD, Head, choose_head, head_parameters, refuse_lora
+from offsite_fl.models.head import HEAD, Head, choose_head, head_parameters, is_head
 from offsite_fl.models.load import load_model
 from offsite_fl.models.network import (
     NetworkPlan,
@@ -120,6 +120,11 @@ class ModelOwner:
     def classes(self) -> Classes | None:
         """The classes of a classifier; None for all other models."""
         return classes_of(self.task, self.model.config)
+
+    @property
+    def pad_id(self) -> int:
+        """Token id that fills short rows of a batch (they carry no loss)."""
+        return pad_id_for(self.task, self.processor, self.model.config)
 
     def examples(self, source: Source, block_size: int, loss_on: LossOn = "all", *, labelled: bool = True) -> Dataset:
         """What ``source`` holds for this model; see :func:`offsite_fl.data.by_task.examples_for`."""
@@ -212,7 +217,7 @@ class ModelOwner:
         """
         if self.bundle is not None:
             raise UpdateError("the bundle that was handed out has another head: set the head before make_bundle()")
-        batches = self._loaded(self.examples(source, block_size))
+        batches = list(make_loader(self.examples(source, block_size), 8, pad_id=self.pad_id))
         nearest_class_mean_head(self.model, batches, self.head, scale)
         self._handed_out = self.adapter()
 
@@ -228,11 +233,7 @@ class ModelOwner:
         return self.task not in CLASSIFICATION or has_labels(source)
 
     def _loaded(self, examples: Dataset | None) -> tuple[Batch, ...]:
-        return (
-            tuple(make_loader(examples, 8, pad_id=pad_id_of(self.processor), labelled=False))
-            if examples is not None
-            else ()
-        )
+        return () if examples is None else tuple(make_loader(examples, 8, pad_id=self.pad_id, labelled=False))
 
     def _plan(self, emulator: Emulator) -> NetworkPlan:
         modules = [block.module for block in emulator.blocks]
@@ -323,12 +324,11 @@ class ModelOwner:
         return {name: p.detach().float().cpu().clone() for name, p in live.items()}
 
     def initial_state(self, lora: LoraOptions | None = None, seed: int = 0) -> dict[str, torch.Tensor]:
-        """What a federation starts from: the handed-out adapter, or fresh LoRA factors (B zero, so nothing changes)."""
+        """What a federation starts from: the handed-out adapter; or fresh LoRA factors, B zero, and the head."""
         if lora is None:
             return dict(self._handed_out)
-        refuse_lora(self.head, lora)
-        inside = add_lora(self._adapter_copies(), lora, seed)
-        return {name: p.detach().float().cpu().clone() for name, p in inside.parameters().items()}
+        head = {name: value for name, value in self._handed_out.items() if is_head(name)}
+        return add_lora(self._adapter_copies(), lora, seed).tensors() | head
 
     def lora_targets(self, lora: LoraOptions) -> dict[str, bool]:
         """Slot names of the adapter's weights that ``lora`` gives factors, and whether each is stored transposed."""
@@ -341,7 +341,6 @@ class ModelOwner:
 
         With a ``repair``, that is taken out of the change.
         """
-        refuse_lora(self.head, lora)
         values = dict(tensors) if lora is None else merge_lora(self._adapter_copies(), tensors, lora)
         return values if repair is None else repair.taken_out(values, self._handed_out)
 
@@ -369,8 +368,7 @@ class ModelOwner:
         context = self.context()
         # The values that were handed out, since the owner's model may have an update plugged in by now.
         network, plan = private_network(start(context), context, self._handed_out)
-        pad_id = pad_id_of(self.processor)
-        on_full = tune_adapter(network, plan, examples, config, pad_id=pad_id)
+        on_full = tune_adapter(network, plan, examples, config, pad_id=self.pad_id)
         ours = self.adapter_values(on_emulator.tensors, config.lora)
         theirs = self.adapter_values(on_full.tensors, config.lora)
         tensors = {name: ours[name] - theirs[name] for name in ours}

@@ -19,15 +19,21 @@ import torch
 from torch import Tensor
 
 from offsite_fl.errors import WireError
+from offsite_fl.models.head import is_head
 from offsite_fl.tuning.lora import A, B
 
 Tensors = Mapping[str, Tensor]
 
 
 def linears(names: Mapping[str, object]) -> list[str]:
-    """Slot names of the linears that have factors in ``names``; ``WireError`` names a factor without its other half."""
+    """Slot names of the linears that have factors in ``names``; ``WireError`` names a factor without its other half.
+
+    Tensors of a head have none.
+    """
     found = []
     for name in names:
+        if is_head(name):
+            continue
         linear = name.removesuffix(A).removesuffix(B)
         if linear == name or not {linear + A, linear + B} <= names.keys():
             raise WireError(f"{name!r} isn't one of a pair of LoRA factors {A} and {B}")

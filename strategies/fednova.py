@@ -28,7 +28,8 @@ class FedNova(OfWork, FedAvg):
     ``lr_sum`` tells, so that sites with unequal learning rates or schedules are evened out as well. Under SGD with a
     proximal term it has the paper's form for that. For AdamW the sum of learning rates stands in, because the length of
     its steps hardly depends on that of the gradient. Replies without ``lr_sum``, of other client apps, are
-    counted by ``steps``.
+    counted by ``steps``. ``head_lr_scale`` isn't in ``lr_sum``: the same one at all sites only makes the head's steps
+    longer, as it is meant to, but a site with twice the scale of the others counts twice as much in the head.
 
     work_factor
         Inside :class:`~offsite_fl.strategies.OffsiteTuning`, replies whose work is more than this times the round's
@@ -37,6 +38,7 @@ class FedNova(OfWork, FedAvg):
     """
 
     work_keys = (LR_SUM, STEPS)
+    NOT_STATE = ("current",)
 
     def __init__(self, work_factor: float = DEFAULT_FACTOR, **options: Any) -> None:
         super().__init__(**options)

@@ -43,16 +43,18 @@ class NodeNames:
     def namesakes(self, nodes: Iterable[int], connected: Container[int]) -> dict[int, str]:
         """Those of ``nodes`` whose name another node has, with what is to be said about it.
 
-        A name whose node isn't ``connected`` any more goes over to the next one that claims it: a site that was started
-        anew is another node.
+        A name whose node isn't ``connected`` any more, or has another one by now, goes over to the next one that claims
+        it: a site that was started anew is another node.
         """
         refused = {}
         for node in nodes:
             claim = self._claims.get(node)
             if claim is None or self._names[node] == claim:
                 continue
-            holder = next(other for other, name in self._names.items() if name == claim)
-            if holder in connected:
+            holder = next((other for other, name in self._names.items() if name == claim), None)
+            if holder is None:  # it has called itself something else since
+                self._names[node] = claim
+            elif holder in connected:
                 refused[node] = (
                     f"another site is called {claim} too, and what a site keeps between rounds goes by its name: give "
                     "each site a name of its own in its node config"

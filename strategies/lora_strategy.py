@@ -6,14 +6,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from offsite_fl.config import Factors, TuneConfig
 from offsite_fl.errors import ConfigError
-from offsite_fl.tuning.lora import check_rank
+from offsite_fl.tuning.lora import check_rank, unmoved
 from offsite_fl.wire import names
 from offsite_fl.wire.replies import FreshFactors
 
@@ -68,5 +67,4 @@ def fresh_factors(owner: ModelOwner, tune: TuneConfig) -> FreshFactors | None:
         return None
     factors = owner.initial_state(tune.lora, tune.seed)
     check_rank({name: tuple(value.shape) for name, value in factors.items()})
-    zeros = {name: torch.zeros_like(value) for name, value in factors.items()}
-    return FreshFactors(zeros, owner.lora_targets(tune.lora), tune.lora.alpha / tune.lora.rank)
+    return FreshFactors(unmoved(factors), owner.lora_targets(tune.lora), tune.lora.alpha / tune.lora.rank)

@@ -28,6 +28,7 @@ from offsite_fl.errors import ConfigError
 from offsite_fl.evaluation.ledger import Kind, Ledger
 from offsite_fl.evaluation.rounds import RoundRecord
 from offsite_fl.patch import Patch
+from offsite_fl.tuning.lora import unmoved
 from offsite_fl.update import Update
 from offsite_fl.wire import names
 from offsite_fl.wire.codecs import CODECS, encode
@@ -216,9 +217,9 @@ class OffsiteTuning(Strategy):
         return self.form.plain(arrays)
 
     def _reference(self) -> dict[str, torch.Tensor]:
-        """What the codec measures differences from: the bundle's own adapter, or zeros for LoRA factors."""
+        """What the codec measures differences from: the bundle's adapter, or zeros for LoRA factors and its head."""
         if self.lora is not None:
-            return {name: torch.zeros_like(value) for name, value in self.state.items()}
+            return unmoved(self.state)
         handed_out = self.bundle.tensors()
         wanted = {name for name in handed_out if name.startswith("adapter.")}
         if wanted != self.state.keys():

@@ -46,6 +46,7 @@ class Scaffold(OfWork, LocalStrategy):
     """
 
     work_keys = (LR_SUM,)
+    NOT_STATE = ("current",)
 
     def __init__(
         self, eta: float = 1.0, by_examples: bool = False, work_factor: float = DEFAULT_FACTOR, **options: Any

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from offsite_fl import client_app
 from offsite_fl.models.split import Split
 from offsite_fl.owner import ModelOwner
@@ -36,6 +38,19 @@ def owner_with_bundle(
     found.make_bundle(emulator, folder / "bundle")
     gc.collect()
     return found
+
+
+@pytest.fixture(name="owner", scope="module")
+def one_owner(tmp_path_factory: pytest.TempPathFactory) -> ModelOwner:
+    """``owner`` for the test modules that import this: a pico llama, two of its four middle blocks in the emulator."""
+    return owner_with_bundle(tmp_path_factory.mktemp("owner"))
+
+
+@pytest.fixture(name="process", autouse=True)
+def own_process() -> Iterator[None]:
+    """For every test of the modules that import this."""
+    with fresh_process():
+        yield
 
 
 def two_sites(

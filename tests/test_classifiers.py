@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,15 @@ import pytest
 import torch
 from datasets import Dataset
 
-from offsite_fl.config import LoraOptions, TuneConfig
+from offsite_fl.config import TuneConfig
 from offsite_fl.data.loader import make_loader
 from offsite_fl.data_owner import DataOwner
 from offsite_fl.emulators.backward import BackwardPass
 from offsite_fl.emulators.gradients import full_gradients
-from offsite_fl.errors import BundleError, ConfigError, DataError, ModelError, UpdateError
+from offsite_fl.errors import BundleError, DataError, ModelError, UpdateError
 from offsite_fl.evaluation.classification import predictions
 from offsite_fl.measure import Measure
-from offsite_fl.models.head import is_head
+from offsite_fl.models.head import HEAD, is_head
 from offsite_fl.models.plug import adapter_tensors
 from offsite_fl.models.split import Split
 from offsite_fl.owner import ModelOwner
@@ -80,6 +81,20 @@ def test_round_trip(kind, tmp_path):
     assert measure.full_zero_shot() == plugged
 
 
+def test_texts_are_filled_up_with_what_the_model_takes_for_padding(tmp_path):
+    """A decoder classifies the state at its last token that isn't padding, and knows padding by its config's id."""
+    tokenizer, model = make_tokenizer(), make_classifier("llama", pad_token_id=1)
+    assert tokenizer.pad_token_id != 1
+    owner = ModelOwner(model, tokenizer, ENDS)
+    site = DataOwner.open(owner.make_bundle("layer-drop:keep=2", tmp_path / "bundle"), "float32", "cpu")
+    rows = Dataset.from_dict({"text": ["ab", "abcdefgh"], "label": [0, 1]})
+    measure = Measure(owner, rows, block_size=16, device="cpu")
+    assert owner.pad_id == site.pad_id == 1
+    (batch,) = measure.batches
+    alone = model(input_ids=batch["input_ids"][:1, :2]).logits
+    torch.testing.assert_close(model(**batch).logits[:1], alone)
+
+
 @pytest.mark.parametrize("kind", ["vit", "bert"])
 def test_the_saved_model_is_an_ordinary_classifier(kind, tmp_path):
     owner = make_owner(kind)
@@ -124,6 +139,8 @@ def test_zero_shot_is_the_nearest_class_mean(tmp_path):
     assert measure.full_zero_shot().accuracy > 0.8
     with pytest.raises(UpdateError, match="before make_bundle"):
         owner.set_nearest_mean_head(public)
+    with pytest.raises(DataError, match="no column 'labels'"):
+        make_owner("vit").set_nearest_mean_head(owner.examples(public, 16, labelled=False))
     # Whoever opens the model's files again has their head, and takes the one that was handed out.
     again = ModelOwner(make_classifier("vit"), make_image_processor(), ENDS)
     again.use_bundle(bundle.path)
@@ -132,20 +149,48 @@ def test_zero_shot_is_the_nearest_class_mean(tmp_path):
     assert torch.equal(again.model.classifier.weight, handed_out)
 
 
-def test_lora_is_refused_where_there_is_a_head_and_works_without(tmp_path):
-    lora = LoraOptions(rank=2)
-    owner = make_owner("bert")
+def test_a_head_is_trained_whole_beside_lora_factors(tmp_path):
+    owner, rows = make_owner("bert"), data("bert", tmp_path)
     site = DataOwner.open(owner.make_bundle("layer-drop:keep=2", tmp_path / "bundle"), "float32", "cpu")
-    rows = data("bert", tmp_path)
-    config = TuneConfig(**{**TUNE.__dict__, "lora_rank": 2, "max_steps": 1})
-    for refused in (lambda: site.tune(rows, config), lambda: owner.initial_state(lora), lambda: site.lora(lora)):
-        with pytest.raises(ConfigError, match="head = 'none'"):
-            refused()
+    before = {name: t.clone() for name, t in site.model.state_dict().items()}
+    config = replace(TUNE, lora_rank=2, lora_alpha=6.0)
+    update = Update.load(site.tune(rows, config).save(tmp_path / "update.safetensors"))
+    assert all(torch.equal(t, before[name]) for name, t in site.model.state_dict().items())
+    heads = {HEAD + path for path in owner.head}
+    factors = update.tensors.keys() - heads
+    assert heads < update.tensors.keys() and all(
+        name.endswith((".lora_A.weight", ".lora_B.weight")) for name in factors
+    )
+    handed_out = owner.adapter()
+    owner.plug_in(update)
+    for name, value in owner.adapter().items():
+        linear = name.removesuffix(".weight")
+        wanted = update.tensors.get(name, handed_out[name])
+        if linear + ".lora_A.weight" in factors:
+            wanted = wanted + 3 * update.tensors[linear + ".lora_B.weight"] @ update.tensors[linear + ".lora_A.weight"]
+        torch.testing.assert_close(value, wanted)
+        assert name not in heads or not torch.equal(value, handed_out[name])
+
+
+def test_lora_without_a_head_leaves_the_classifier_alone(tmp_path):
     frozen = ModelOwner(make_classifier("bert"), make_tokenizer(), ENDS, head="none")
     site = DataOwner.open(frozen.make_bundle("layer-drop:keep=2", tmp_path / "none"), "float32", "cpu")
-    update = site.tune(rows, config)
+    update = site.tune(data("bert", tmp_path), replace(TUNE, lora_rank=2, max_steps=1))
+    before = frozen.model.classifier.weight.clone()
     frozen.plug_in(update)
-    assert not [name for name in update.tensors if "head" in name.split(".")]
+    assert torch.equal(frozen.model.classifier.weight, before)
+    assert not [name for name in update.tensors if is_head(name)]
+
+
+def test_an_update_of_factors_without_its_head_changes_nothing(tmp_path):
+    owner = make_owner("bert")
+    site = DataOwner.open(owner.make_bundle("layer-drop:keep=2", tmp_path / "bundle"), "float32", "cpu")
+    update = site.tune(data("bert", tmp_path), replace(TUNE, lora_rank=2, max_steps=1))
+    before = owner.adapter()
+    lost = {name: tensor for name, tensor in update.tensors.items() if not is_head(name)}
+    with pytest.raises(UpdateError, match=r"adapter\.head\.classifier"):
+        owner.plug_in(replace(update, tensors=lost))
+    assert all(torch.equal(value, before[name]) for name, value in owner.adapter().items())
 
 
 def test_what_does_not_go_together_is_refused(tmp_path):
@@ -158,7 +203,7 @@ def test_what_does_not_go_together_is_refused(tmp_path):
         _ = owner.tokenizer
     bundle = make_owner("bert").make_bundle("layer-drop:keep=2", tmp_path / "bundle")
     other = ModelOwner(make_classifier("bert"), make_tokenizer(), ENDS, head="none")
-    with pytest.raises(BundleError, match=r"head|another full model"):
+    with pytest.raises(BundleError, match="made with head"):
         other.use_bundle(bundle.path)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,12 @@ from offsite_fl.owner import ModelOwner
 from offsite_fl.strategies import OffsiteTuning
 from offsite_fl.wire.settings import client_seed
 from tests.flower_fakes import FakeGrid, all_nodes
-from tests.pico_clients import fresh_process, owner_with_bundle, reasons, two_sites
+from tests.pico_clients import (
+    own_process,  # noqa: F401  (fixtures)
+    owner_with_bundle,
+    reasons,
+    two_sites,
+)
 
 TUNE = TuneConfig(max_steps=2, lr=1e-2, batch_size=2, block_size=12, progress=False, device="cpu")
 
@@ -48,12 +53,6 @@ def owner(tmp_path_factory: pytest.TempPathFactory) -> ModelOwner:
 def exact_cache() -> dict[str, torch.Tensor]:
     """What two rounds in fp32 give, filled by the first test that needs it."""
     return {}
-
-
-@pytest.fixture(autouse=True)
-def process() -> Iterator[None]:
-    with fresh_process():
-        yield
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,10 @@ from offsite_fl.local import site_state
 from offsite_fl.owner import ModelOwner
 from offsite_fl.strategies import FedPer, OffsiteTuning
 from tests.flower_fakes import FakeGrid, all_nodes
-from tests.pico_clients import fresh_process, owner_with_bundle, two_sites
+from tests.pico_clients import one_owner, own_process, two_sites  # noqa: F401  (fixtures)
 
 TUNE = TuneConfig(max_steps=1, lr=1e-2, batch_size=2, block_size=12, progress=False, device="cpu", validation_share=0.3)
 Break = Callable[[pytest.MonkeyPatch, dict[str, Any], Path], Any]
-
-
-@pytest.fixture(scope="module")
-def owner(tmp_path_factory: pytest.TempPathFactory) -> ModelOwner:
-    return owner_with_bundle(tmp_path_factory.mktemp("owner"))
-
-
-@pytest.fixture(autouse=True)
-def process() -> Iterator[None]:
-    with fresh_process():
-        yield
 
 
 @pytest.fixture

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from datasets import Dataset
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -28,21 +27,10 @@ from offsite_fl.wire.patches import make_patch
 from offsite_fl.wire.settings import tune_to_config
 from tests.conftest import VOCAB
 from tests.flower_fakes import FakeGrid, all_nodes
-from tests.pico_clients import fresh_process, owner_with_bundle, two_sites
+from tests.pico_clients import one_owner, own_process, two_sites  # noqa: F401  (fixtures)
 
 TUNE = TuneConfig(max_steps=1, lr=1e-2, batch_size=1, block_size=12, progress=False, device="cpu", optimizer="sgd")
 TEXT = "rain falls on the hills. "  # what the site a holds, eight times
-
-
-@pytest.fixture(scope="module")
-def owner(tmp_path_factory: pytest.TempPathFactory) -> ModelOwner:
-    return owner_with_bundle(tmp_path_factory.mktemp("owner"))
-
-
-@pytest.fixture(autouse=True)
-def process() -> Iterator[None]:
-    with fresh_process():
-        yield
 
 
 class Hostile:

@@ -22,9 +22,8 @@ from offsite_fl.data.loader import Batch, SeededOrder, pad_batch, pad_id_of
 from offsite_fl.data.sources import Source
 from offsite_fl.data_owner import DataOwner
 from offsite_fl.emulators.distill import relative_error
-from offsite_fl.emulators.student import evaluating
 from offsite_fl.errors import OffsiteError, UpdateError
-from offsite_fl.evaluation.loss import causal_nll
+from offsite_fl.evaluation.loss import causal_nll, evaluating
 from offsite_fl.models.tasks import need_next_token
 from offsite_fl.owner import ModelOwner
 from offsite_fl.patch import Patch

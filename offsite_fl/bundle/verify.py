@@ -98,14 +98,26 @@ def _check_image_processor(config: dict[str, Any], limits: Limits, where: str) -
     kind = config.get(TYPE_KEY)
     if not isinstance(kind, str) or kind not in known_image_processors():
         raise BundleError(f"{where}: {TYPE_KEY} {show(kind)} is no image processor of transformers")
+    # Any number may become a side in pixels, whatever its key is; ConvNeXt's processor divides its sides by one.
+    share = config.get("crop_pct")
+    limit = limits.max_image_side * (share if isinstance(share, (int, float)) and 0 < share < 1 else 1)
     for key, value in config.items():
-        if "size" not in key:
-            continue
-        for side in value.values() if isinstance(value, dict) else [value]:
-            if isinstance(side, (int, float)) and not abs(side) <= limits.max_image_side:
+        for number in _numbers(value):
+            if not abs(number) <= limit:
                 raise BundleError(
-                    f"{where}: the image processor has {show(key)} = {show(side)}, the limit is {limits.max_image_side}"
+                    f"{where}: the image processor has {show(key)} = {show(number)}, the limit is {limit:g}"
                 )
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    """All numbers in a JSON value, however deep they lie."""
+    left = [value]
+    while left:
+        found = left.pop()
+        if isinstance(found, (int, float)):
+            yield found
+        elif isinstance(found, (dict, list)):
+            left += found.values() if isinstance(found, dict) else found
 
 
 def check_plan(manifest: Manifest, limits: Limits, where: str) -> NetworkPlan:

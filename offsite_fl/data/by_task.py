@@ -12,8 +12,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 from offsite_fl.config import LossOn
 from offsite_fl.data.examples import to_examples
 from offsite_fl.data.images import image_examples
-from offsite_fl.data.labels import Classes, named_labels
-from offsite_fl.data.sources import Source, Table, read_table
+from offsite_fl.data.labels import Classes
+from offsite_fl.data.loader import pad_id_of
+from offsite_fl.data.sources import Source, read_table
 from offsite_fl.errors import DataError, ModelError
 from offsite_fl.models.processors import Processor, check_processor, need_tokenizer
 from offsite_fl.models.tasks import CLASSIFICATION
@@ -25,6 +26,15 @@ _AT_ONCE = 1000
 def classes_of(task: str, config: Any) -> Classes | None:
     """The classes of a model for one of the classification tasks; None for all other tasks."""
     return Classes.of_config(config) if task in CLASSIFICATION else None
+
+
+def pad_id_for(task: str, processor: Processor, config: Any) -> int:
+    """Token id that fills short rows of a batch: for a classifier that of its config, if there is one.
+
+    By it decoders find the last token of a text, whose state they classify; any other id would count as text.
+    """
+    own = getattr(config, "pad_token_id", None) if task in CLASSIFICATION else None
+    return own if isinstance(own, int) and own >= 0 else pad_id_of(processor)
 
 
 def examples_for(
@@ -86,6 +96,4 @@ def labelled_text(
         ids += tokenizer(part, truncation=True, max_length=block_size, verbose=False)["input_ids"]
     if not labelled:
         return Dataset.from_dict({"input_ids": ids})
-    if isinstance(source, Dataset) and "label" in source.column_names:
-        table = Table(table.name, {"label": named_labels(source, "label")})
     return Dataset.from_dict({"input_ids": ids, "labels": classes.of_table(table, "label")})

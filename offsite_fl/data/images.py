@@ -14,8 +14,8 @@ from PIL import Image as Pil
 from PIL import ImageOps
 from transformers.image_processing_utils import BaseImageProcessor
 
-from offsite_fl.data.labels import Classes, named_labels
-from offsite_fl.data.sources import Source, Table, read_table
+from offsite_fl.data.labels import Classes
+from offsite_fl.data.sources import Source, Table, class_names, read_table
 from offsite_fl.errors import DataError
 from offsite_fl.registry import near
 
@@ -48,11 +48,14 @@ class ImageTransform:
 
 def opened(entry: Mapping[str, Any]) -> Pil.Image:
     """The image behind a path or bytes, upright and in RGB; ``DataError`` names a file that is none."""
+    name = entry.get("path") or "an image of the dataset"
     try:
         with Pil.open(io.BytesIO(entry["bytes"]) if entry.get("bytes") is not None else entry["path"]) as image:
+            # Of 16 or 32 bits Pillow would turn every value above 255 into white.
+            if image.mode[0] in "IF":
+                raise DataError(f"{name} has grey values of more than 8 bits: bring them to 0...255 and save it again")
             return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, ValueError, SyntaxError, TypeError, Pil.DecompressionBombError) as error:
-        name = entry.get("path") or "an image of the dataset"
         raise DataError(f"{name} isn't an image that can be read: {type(error).__name__}") from error
 
 
@@ -97,7 +100,8 @@ def image_examples(
     columns: dict[str, Any] = {IMAGE: entries}
     features: dict[str, Any] = {IMAGE: Image(decode=False)}
     if labelled:
-        columns[LABELS] = classes.of_table(Table(table.name, {label: labels} if labels else {}, table.lines), label)
+        given = {label: labels} if labels else {}
+        columns[LABELS] = classes.of_table(Table(table.name, given, table.lines, table.classes), label)
         features[LABELS] = Value("int64")
     return Dataset.from_dict(columns, Features(features)).with_transform(ImageTransform(processor))
 
@@ -128,8 +132,8 @@ def _of_dataset(source: Dataset, label: str) -> tuple[list[Any], Sequence[Any], 
     if len(source) == 0:
         raise DataError("dataset is empty: it holds no rows")
     plain = source.with_format(None).cast_column(column, Image(decode=False))
-    labels = named_labels(plain, label) if label in plain.column_names else []
-    return list(plain[column]), labels, Table("dataset", {IMAGE: range(len(source))})
+    labels = list(plain[label]) if label in plain.column_names else []
+    return list(plain[column]), labels, Table("dataset", {IMAGE: range(len(source))}, classes=class_names(source))
 
 
 def _of_file(source: Source, label: str) -> tuple[list[Any], Sequence[Any], Table]:

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import ClassLabel, Dataset  # type: ignore[import-untyped,unused-ignore]
-
 from offsite_fl.data.sources import Table
 from offsite_fl.errors import DataError, ModelError
 from offsite_fl.registry import near
@@ -63,13 +61,13 @@ class Classes:
             raise DataError(f"{table.name}: needs a column {column!r}; {near(column, table.columns)}")
         return [
             self.index(value, f"{table.where(row)}, column {column!r}")
-            for row, value in enumerate(table.columns[column])
+            for row, value in enumerate(named_labels(table, column))
         ]
 
 
-def named_labels(source: Dataset, column: str) -> Sequence[Any]:
-    """The labels of a dataset: by name where its ``ClassLabel`` tells names that aren't just numbers."""
-    feature, values = source.features.get(column), source[column]
-    if isinstance(feature, ClassLabel) and not all(name.isdecimal() for name in feature.names):
-        return [None if value is None or value < 0 else feature.names[value] for value in values]
-    return list(values)
+def named_labels(table: Table, column: str) -> Sequence[Any]:
+    """The labels of a table: by name where it tells names of classes that aren't just numbers."""
+    names, values = table.classes.get(column, ()), table.columns[column]
+    if all(name.isdecimal() for name in names):
+        return values
+    return [None if value is None or not 0 <= value < len(names) else names[value] for value in values]

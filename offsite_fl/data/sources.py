@@ -11,13 +11,14 @@ import io
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import (  # type: ignore[import-untyped,unused-ignore]
+    ClassLabel,
     Dataset,
     DatasetDict,
     IterableDataset,
@@ -32,11 +33,15 @@ Source: TypeAlias = str | Path | Dataset
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of equal length, and where their rows came from."""
+    """Columns of equal length, and where their rows came from.
+
+    ``classes``: for columns of numbers that stand for classes, the names of those, where dataset or file tells them.
+    """
 
     name: str
     columns: Mapping[str, Sequence[Any]]
     lines: Sequence[int] | None = None
+    classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), ()))
@@ -75,10 +80,15 @@ def load_source(source: Source) -> Dataset:
         raise DataError(f"{table.name}: a column mixes values of several types: {error}") from error
 
 
+def class_names(source: Dataset) -> dict[str, Sequence[str]]:
+    """The names of the classes in each column of a dataset that has them."""
+    return {name: kind.names for name, kind in source.features.items() if isinstance(kind, ClassLabel)}
+
+
 def read_table(source: Source) -> Table:
     """Like :func:`load_source`, but rows keep their line numbers for later messages."""
     if isinstance(source, Dataset):
-        table = Table("dataset", {name: source[name] for name in source.column_names})
+        table = Table("dataset", {name: source[name] for name in source.column_names}, classes=class_names(source))
     elif isinstance(source, (DatasetDict, IterableDatasetDict)):
         raise DataError(f"a dataset of several splits was given; pass one of them: {', '.join(map(str, source))}")
     elif isinstance(source, IterableDataset):
@@ -205,7 +215,19 @@ def _read_parquet(path: Path, content: bytes) -> Table:
         table = pq.read_table(pa.BufferReader(content))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} isn't a readable parquet file: {error}") from error
-    return Table(str(path), {name: table.column(name).to_pylist() for name in table.column_names})
+    columns = {name: table.column(name).to_pylist() for name in table.column_names}
+    return Table(str(path), columns, classes=_stored_class_names(path, table.schema))
+
+
+def _stored_class_names(path: Path, schema: pa.Schema) -> dict[str, Sequence[str]]:
+    """What the library datasets writes about its columns into a parquet file; no other file has it."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: told["names"] for name, told in features.items() if told.get("_type") == "ClassLabel"}
+    except KeyError:
+        return {}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: what it tells about its columns can't be read: {type(error).__name__}") from error
 
 
 READERS: dict[str, Callable[[Path, bytes], Table]] = {

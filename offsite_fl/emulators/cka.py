@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from offsite_fl.emulators.base import Batch, Context
 from offsite_fl.emulators.streams import Stream, TextBatch, merged, passing_through, read_batches, working_copy
-from offsite_fl.emulators.student import evaluating
 from offsite_fl.errors import EmulatorError
+from offsite_fl.evaluation.loss import evaluating
 from offsite_fl.models.blocks import block_list
 
 Pooling = Literal["mean", "max", "max_nonpad", "last", "mean_all", "mean_weighted"]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from offsite_fl.emulators.backward import frozen
 from offsite_fl.emulators.base import Batch, Context, Emulator
 from offsite_fl.emulators.report import planned_network
-from offsite_fl.emulators.student import evaluating
 from offsite_fl.errors import EmulatorError
+from offsite_fl.evaluation.loss import evaluating
 from offsite_fl.evaluation.objective import objective_of
 from offsite_fl.models.head import is_head
 from offsite_fl.models.network import NetworkPlan, adapter_parameters

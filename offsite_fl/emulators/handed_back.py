@@ -23,9 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from offsite_fl.emulators.backward import frozen
 from offsite_fl.emulators.base import Batch, Context
-from offsite_fl.emulators.student import Middle, evaluating, hooked, state_of, with_hidden
+from offsite_fl.emulators.student import Middle, hooked, state_of, with_hidden
 from offsite_fl.errors import EmulatorError
-from offsite_fl.evaluation.loss import plain_head
+from offsite_fl.evaluation.loss import evaluating, plain_head
 from offsite_fl.evaluation.objective import objective_of
 
 

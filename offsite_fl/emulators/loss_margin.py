@@ -20,10 +20,9 @@ from offsite_fl.data.examples import IGNORE
 from offsite_fl.emulators.base import Batch, Context, Emulator, EmulatorMethod, register
 from offsite_fl.emulators.gradients import emulator_gradients, full_gradients, match_gradients
 from offsite_fl.emulators.report import emulated_network
-from offsite_fl.emulators.student import evaluating
 from offsite_fl.emulators.training import TrainingRun, hold_out, refuse_packed, with_values
 from offsite_fl.errors import EmulatorError
-from offsite_fl.evaluation.loss import causal_nll, evaluate_loss
+from offsite_fl.evaluation.loss import causal_nll, evaluate_loss, evaluating
 from offsite_fl.models.tasks import need_next_token
 
 log = logging.getLogger(__name__)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from offsite_fl.emulators.base import Batch, Context, Emulator
 from offsite_fl.errors import EmulatorError, ModelError
+from offsite_fl.evaluation.loss import evaluating
 from offsite_fl.evaluation.objective import objective_of
 from offsite_fl.models.network import build_network, fill_network, place_blocks, plan_network, shared_tensors
 
@@ -149,18 +150,6 @@ def hooked(
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode (no dropout) for the length of a ``with`` block; every module's own mode comes back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _tensors(emulator: Emulator, context: Context) -> dict[str, Tensor]:

@@ -156,7 +156,9 @@ def _generators_kept() -> Iterator[None]:
     """Put the process's random generators back: lm-eval seeds them, and a federation draws nodes and noise there."""
     python, array = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[]):
+        # lm-eval seeds the generators of all GPUs too; one that isn't used yet is not to be woken for that.
+        gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+        with torch.random.fork_rng(devices=gpus):
             yield
     finally:
         random.setstate(python)

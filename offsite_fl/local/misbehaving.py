@@ -59,7 +59,8 @@ def or_poisoned(load_data: Load, find: Find, poison: Callable[[Threat, Context],
     @functools.wraps(load_data)
     def load(context: Context) -> Any:
         threat = find(context)
-        flips = threat is not None and threat.behaviour.flips_labels
-        return poison(threat, context)(context) if threat is not None and flips else load_data(context)
+        if threat is None or not threat.behaviour.flips_labels:
+            return load_data(context)
+        return poison(threat, context)(context)
 
     return load

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 
 from torch import nn
 
-from offsite_fl.errors import ConfigError, ModelError
+from offsite_fl.errors import ModelError
 from offsite_fl.models.outside import outside_blocks
 from offsite_fl.models.tasks import CLASSIFICATION
 from offsite_fl.registry import near
@@ -101,15 +101,6 @@ def head_parameters(model: nn.Module, head: Sequence[str]) -> dict[str, nn.Param
 def slot_of_outside(path: str, head: Sequence[str]) -> str:
     """The slot name of a tensor outside the blocks: of the head, or shared."""
     return (HEAD if path in head else "shared.") + path
-
-
-def refuse_lora(head: Sequence[str], lora: object) -> None:
-    """``ConfigError`` if LoRA factors are asked for where there is a head, which has no factors but must be trained."""
-    if head and lora is not None:
-        raise ConfigError(
-            f"lora-rank can't be set for a model whose head is trained ({head[0]}...): factors travel instead of "
-            "whole tensors, and the head would stay behind. Set lora-rank = 0, or hand out a bundle with head = 'none'"
-        )
 
 
 def read_head(data: object) -> tuple[str, ...]:

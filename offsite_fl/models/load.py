@@ -173,10 +173,6 @@ def load_classifier(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             new = name in fresh or (renamed and not name.startswith(base))
-            if new and len(parameter) == len(labels):
+            if new and parameter.shape[:1] == (len(labels),):
                 parameter.zero_()
-    try:
-        processor = open_processor(source, task)
-    except _USERS_MISTAKES as error:
-        raise ModelError(f"can't open the processor of {path_or_id}: {error}") from error
-    return model.eval(), processor
+    return model.eval(), load_processor(path_or_id, task)

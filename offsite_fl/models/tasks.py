@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -57,31 +58,25 @@ def task_of(model: nn.Module) -> str | None:
 
 def need_next_token(model: nn.Module) -> None:
     """``ModelError`` if ``model`` is one whose logits aren't about the next token; unknown classes pass."""
-    task = task_of(model)
-    if task is not None and task not in NEXT_TOKEN:
-        raise ModelError(
-            f"{type(model).__name__} is a model for {task}: it has no next-token loss, which is needed here and "
-            f"which only models for {' and '.join(NEXT_TOKEN)} have"
-        )
+    _need(model, NEXT_TOKEN, "no next-token loss, which is")
 
 
 def need_classes(model: nn.Module) -> None:
     """``ModelError`` if ``model`` is one that doesn't tell a class for each example; unknown classes pass."""
-    task = task_of(model)
-    if task is not None and task not in CLASSIFICATION:
-        raise ModelError(
-            f"{type(model).__name__} is a model for {task}: it has no classes, which are needed here and which only "
-            f"models for {' and '.join(CLASSIFICATION)} have"
-        )
+    _need(model, CLASSIFICATION, "no classes, which are")
 
 
 def need_loss(model: nn.Module) -> None:
     """``ModelError`` if ``model`` is one for a task whose loss isn't known here; unknown classes pass."""
-    task, known = task_of(model), (*NEXT_TOKEN, *CLASSIFICATION)
-    if task is not None and task not in known:
+    _need(model, (*NEXT_TOKEN, *CLASSIFICATION), "no next-token loss and no classes, one of which is")
+
+
+def _need(model: nn.Module, tasks: Sequence[str], lacking: str) -> None:
+    task = task_of(model)
+    if task is not None and task not in tasks:
         raise ModelError(
-            f"{type(model).__name__} is a model for {task}, whose loss isn't known here: it has no next-token loss and "
-            f"tells no classes, as models for {', '.join(known)} do"
+            f"{type(model).__name__} is a model for {task}: it has {lacking} needed here and which only models for "
+            f"{' and '.join(tasks)} have"
         )
 
 

@@ -1,7 +1,9 @@
 """LoRA inside the adapter through ``peft``: put in, read out, take away, merge at the model owner.
 
 The factors carry slot names: ``adapter.{k}.{path of the linear}.lora_A.weight`` [rank, in] and ``.lora_B.weight``
-[out, rank]. The product ``alpha / rank * B @ A`` is added to the linear's weight.
+[out, rank]. The product ``alpha / rank * B @ A`` is added to the linear's weight. A head
+(:mod:`offsite_fl.models.head`) has no factors: its tensors are trained whole beside them, under their own names, as
+peft's ``modules_to_save`` are.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from offsite_fl.config import Factors, LoraOptions
 from offsite_fl.errors import ConfigError, UpdateError
+from offsite_fl.models.head import is_head
 from offsite_fl.models.linears import is_named, linear_weight, named_linears, replace_module
 from offsite_fl.registry import near
 
@@ -33,8 +36,12 @@ _NAME = "default"  # peft's name for the only set of factors
 class AdapterLora:
     """LoRA factors that live in the adapter blocks of a network until :meth:`remove`; made by :func:`add_lora`."""
 
-    def __init__(self, blocks: Mapping[int, nn.Module], options: LoraOptions, seed: int) -> None:
+    def __init__(
+        self, blocks: Mapping[int, nn.Module], options: LoraOptions, seed: int, head: Mapping[str, nn.Parameter]
+    ) -> None:
         self.blocks = dict(sorted(blocks.items()))
+        self.head = dict(head)
+        self._head_before = {name: parameter.detach().clone() for name, parameter in head.items()}
         self.options = options
         self._required = [(p, p.requires_grad) for block in self.blocks.values() for p in block.parameters()]
         self._layers: dict[str, LoraLayer] = {}
@@ -49,7 +56,7 @@ class AdapterLora:
         # A generator of its own, so that all parties begin with the same factors whatever else drew random numbers.
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for name, parameter in self.parameters().items():
+            for name, parameter in self._factors().items():
                 parameter.data = parameter.data.float()
                 if name.endswith(B):
                     parameter.zero_()
@@ -57,21 +64,24 @@ class AdapterLora:
                     parameter.copy_(drawn(parameter.shape[0], parameter.shape[1], generator))
                 parameter.requires_grad_(True)
 
-    def parameters(self, train: Factors = "both") -> dict[str, nn.Parameter]:
-        """The live factors by slot name: both of every linear, or all A, or all B."""
-        live = {
+    def _factors(self) -> dict[str, nn.Parameter]:
+        return {
             f"{name}.{factor}.weight": getattr(layer, factor)[_NAME].weight
             for name, layer in self._layers.items()
             for factor in ("lora_A", "lora_B")
         }
+
+    def parameters(self, train: Factors = "both") -> dict[str, nn.Parameter]:
+        """What is trained, by slot name: both factors of every linear, or all A, or all B; and the head."""
+        live = self._factors() | self.head
         return {name: live[name] for name in trained_names(live, train)}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Copies of the factors, fp32 on the CPU."""
+        """Copies of the factors and the head, fp32 on the CPU."""
         return factors_of(self.parameters())
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set all factors; ``UpdateError`` names one that is missing, unknown or wrong, and nothing is changed."""
+        """Set all factors and the head; ``UpdateError`` names what is missing, unknown or wrong and changes nothing."""
         set_factors(self.parameters(), tensors)
 
     def remove(self) -> None:
@@ -84,6 +94,9 @@ class AdapterLora:
             block.__dict__.pop("peft_config", None)
         for parameter, required in self._required:
             parameter.requires_grad_(required)
+        with torch.no_grad():
+            for name, value in self._head_before.items():
+                self.head[name].copy_(value)
 
 
 def drawn(rank: int, columns: int, generator: torch.Generator) -> Tensor:
@@ -105,13 +118,19 @@ def set_factors(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor])
             parameter.copy_(tensors[name])
 
 
-def add_lora(blocks: Mapping[int, nn.Module], options: LoraOptions, seed: int = 0) -> AdapterLora:
+def add_lora(
+    blocks: Mapping[int, nn.Module],
+    options: LoraOptions,
+    seed: int = 0,
+    head: Mapping[str, nn.Parameter] | None = None,
+) -> AdapterLora:
     """Put LoRA factors into the adapter blocks (adapter slot -> block), in place.
 
     The network computes the same as before, since every B is zero. Base weights of the blocks stop requiring
-    gradients. ``ConfigError`` if a target names no linear of the blocks, with the names that exist.
+    gradients; ``head``, parameters by slot name, is trained whole beside the factors. ``ConfigError`` if a target names
+    no linear of the blocks, with the names that exist.
     """
-    return AdapterLora(blocks, options, seed)
+    return AdapterLora(blocks, options, seed, head or {})
 
 
 def merge_lora(
@@ -119,36 +138,50 @@ def merge_lora(
 ) -> dict[str, Tensor]:
     """Full adapter values by slot name, fp32 on the CPU, with ``factors`` merged by peft; ``blocks`` stay as they are.
 
-    ``UpdateError`` if the factors aren't exactly those that ``options`` make in these blocks.
+    Tensors of a head among the factors are among the values as they are. ``UpdateError`` if the others aren't exactly
+    those that ``options`` make in these blocks.
     """
+    head = {name: tensor for name, tensor in factors.items() if is_head(name)}
     copies = {slot: copy.deepcopy(block).float() for slot, block in blocks.items()}
-    lora = AdapterLora(copies, options, seed=0)
-    lora.load(factors)
+    lora = AdapterLora(copies, options, 0, {})
+    lora.load({name: tensor for name, tensor in factors.items() if name not in head})
     for layer in lora._layers.values():
         layer.merge(safe_merge=True)
     lora.remove()
-    return {
+    merged = {
         f"adapter.{slot}.{path}": parameter.detach().cpu()
         for slot, block in copies.items()
         for path, parameter in block.named_parameters()
     }
+    return merged | factors_of(head)
 
 
 def trained_names(names: Iterable[str], train: Factors) -> list[str]:
-    """Those of the factors' ``names`` that ``train`` asks for, in their order."""
+    """Those of the factors' ``names`` that ``train`` asks for, in their order; a head is always among them."""
     endings = {"both": ("",), "a": (A,), "b": (B,)}[train]
-    return [name for name in names if name.endswith(endings)]
+    return [name for name in names if name.endswith(endings) or is_head(name)]
+
+
+def unmoved(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What factors and a head are differences from, where ``values`` are those of the start: zeros, and the head."""
+    return {name: value if is_head(name) else torch.zeros_like(value) for name, value in values.items()}
 
 
 def first_components(factors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
     """The first ``rank`` rows of every A [r, in] and columns of every B [out, r]: a part of the sum that B A is."""
-    return {name: t[:rank] if name.endswith(A) else t[:, :rank] for name, t in factors.items()}
+
+    def part(name: str, tensor: Tensor) -> Tensor:
+        return tensor if is_head(name) else tensor[:rank] if name.endswith(A) else tensor[:, :rank]
+
+    return {name: part(name, tensor) for name, tensor in factors.items()}
 
 
 def padded(factors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
     """Factors with zeros added behind up to ``rank``; their products are the same."""
 
     def grown(name: str, tensor: Tensor) -> Tensor:
+        if is_head(name):
+            return tensor
         missing = rank - tensor.shape[0 if name.endswith(A) else 1]
         return nn.functional.pad(tensor, (0, 0, 0, missing) if name.endswith(A) else (0, missing))
 
@@ -158,11 +191,12 @@ def padded(factors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
 def added(
     values: Mapping[str, Tensor], factors: Mapping[str, Tensor], targets: Mapping[str, bool], scale: float
 ) -> dict[str, Tensor]:
-    """Full adapter values with ``scale * B A`` added to each target's weight; ``values`` stay as they are.
+    """Full adapter values with ``scale * B A`` added to each target's weight, and the head that came with the factors.
 
-    What :func:`merge_lora` does for values that aren't in any network. ``targets``: see :func:`target_weights`.
+    ``values`` stay as they are. What :func:`merge_lora` does for values that aren't in any network. ``targets``: see
+    :func:`target_weights`.
     """
-    merged = dict(values)
+    merged = dict(values) | {name: tensor for name, tensor in factors.items() if is_head(name)}
     for name, flipped in targets.items():
         linear = name.removesuffix(".weight")
         product = scale * (factors[linear + B] @ factors[linear + A])

@@ -2,6 +2,7 @@
 
 The state of a run is what travels down: the full adapter, or LoRA factors. Up travels what was trained: the same
 tensors, or one of the two factors of each linear (``lora_train``), or factors on top of the adapter (``lora_fresh``).
+A classifier's head is among what was trained each time, whole.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def references(tensors: Tensors, reference: Tensors) -> dict[str, torch.Tensor]:
 class FreshFactors:
     """Replies that carry new LoRA factors on top of the full adapter that was sent.
 
-    ``reference``: zeros by factor name, in the run's rank. ``targets``: see
+    ``reference``: zeros by factor name, in the run's rank, and the head that was handed out. ``targets``: see
     :func:`offsite_fl.tuning.lora.target_weights`. ``scale``: alpha / rank of the run.
     """
 

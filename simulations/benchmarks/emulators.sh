@@ -38,9 +38,11 @@ ours)
         "layer-drop:{keep}+align:where=all" "gradient-match:{keep}"
     ;;
 pico-ours)
-    set -- "layer-drop:{keep}+align:where=all" "gradot:{keep}+align:where=all" "prune:{keep},mode=structured+align:where=all" \
-        "crash:{keep}+align:where=all" "gradient-match:{keep}" "gradient-match:{keep}+align:where=all" \
-        "gradient-match:{keep}+distill:steps=100,w-grad=10"
+    set -- "layer-drop:{keep}+align" "layer-drop:{keep}+align:where=all" "gradot:{keep}+align" \
+        "gradot:{keep}+align:where=all" "prune:{keep},mode=structured+align" \
+        "prune:{keep},mode=structured+align:where=all" "low-rank:{keep}+align" "crash:{keep}+align:where=all" \
+        "gradient-match:{keep}" "gradient-match:{keep}+align:where=all" \
+        "layer-drop:{keep}+distill:steps=100,w-grad=10" "gradient-match:{keep}+distill:steps=100,w-grad=10"
     ;;
 *)
     echo "usage: $0 [all|few|trained|ours|pico|pico-ours [BUDGET]]" >&2

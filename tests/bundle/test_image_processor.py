@@ -77,6 +77,9 @@ def test_the_processor_makes_the_same_pixels(bundle):
         (lambda c: c.update(image_processor_type=["ViTImageProcessor"]), "no image processor of transformers"),
         (lambda c: c.update(size={"height": 10**9, "width": 8}), "limit is 4096"),
         (lambda c: c.update(crop_size=1e12), "limit is 4096"),
+        (lambda c: c.update(size=[10**9, 8]), "limit is 4096"),
+        (lambda c: c.update(image_processor_type="Qwen2VLImageProcessor", min_pixels=10**12), "limit is 4096"),
+        (lambda c: c.update(image_processor_type="ConvNextImageProcessor", crop_pct=1e-6), r"limit is 0\.004096"),
         (lambda c: c.update(pad_size={"height": float("nan"), "width": 1}), "limit is 4096"),
     ],
 )

@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, concatenate_datasets
+from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 from datasets import Image as ImageFeature
 from PIL import Image
 
@@ -58,14 +58,12 @@ def test_sources_of_the_same_images_give_the_same_batches(tmp_path):
     )
     dataset.rename_column("img", "image").to_parquet(tmp_path / "list.parquet")
     (want,) = make_loader(read(folder), 6, pad_id=0)
-    for source in (tmp_path / "list.jsonl", tmp_path / "list.csv", dataset):
+    for source in (tmp_path / "list.jsonl", tmp_path / "list.csv", tmp_path / "list.parquet", dataset):
         (batch,) = make_loader(read(source), 6, pad_id=0)
         assert torch.equal(batch["pixel_values"], want["pixel_values"])
         assert torch.equal(batch["labels"], want["labels"]) and batch["labels"].dtype == torch.int64
     unnamed = dataset.rename_column("img", "image").cast_column("label", ClassLabel(names=["0", "1", "2"]))
     assert read(unnamed).with_format(None)["labels"] == [1, 1, 2, 2, 0, 0]
-    (batch,) = make_loader(read(tmp_path / "list.parquet"), 6, pad_id=0)
-    assert torch.equal(batch["pixel_values"], want["pixel_values"])
 
 
 def test_what_is_wrong_with_a_source_is_named(tmp_path):
@@ -101,6 +99,14 @@ def test_a_file_that_is_no_image_is_told_when_it_is_opened(tmp_path):
     folder = image_folder(tmp_path / "pets", each=1)
     (folder / "cat" / "0.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"0\.png isn't an image"):
+        read(folder)[0]
+
+
+def test_grey_values_that_would_be_cut_are_refused(tmp_path):
+    """Of 16 bits Pillow keeps black and white, and nothing in between."""
+    folder = image_folder(tmp_path / "pets", each=1)
+    Image.fromarray(np.arange(0, 64000, 1000, dtype=np.uint16).reshape(8, 8)).save(folder / "cat" / "0.png")
+    with pytest.raises(DataError, match=r"0\.png has grey values of more than 8 bits"):
         read(folder)[0]
 
 
@@ -191,6 +197,6 @@ def test_bytes_in_memory_are_read_too():
     picture(1, np.random.default_rng(0)).save(out, "PNG")
     rows = Dataset.from_dict(
         {"image": [{"path": None, "bytes": out.getvalue()}], "label": ["dog"]},
-        Features({"image": ImageFeature(), "label": __import__("datasets").Value("string")}),
+        Features({"image": ImageFeature(), "label": Value("string")}),
     )
     assert read(rows).with_format(None)["labels"] == [1]

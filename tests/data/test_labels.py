@@ -7,7 +7,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from transformers import BertConfig
 
 from offsite_fl.data.labels import Classes, named_labels
-from offsite_fl.data.sources import Table
+from offsite_fl.data.sources import Table, read_table
 from offsite_fl.errors import DataError, ModelError
 
 PETS = Classes(("cat", "dog", "3"))
@@ -44,10 +44,13 @@ def test_classes_of_a_config():
         Classes.of_config(config)
 
 
-def test_a_datasets_class_labels_go_by_name_where_they_have_one():
+def test_a_datasets_class_labels_go_by_name_where_they_have_one(tmp_path):
     features = Features({"label": ClassLabel(names=["dog", "cat"]), "digit": ClassLabel(names=["7", "8"])})
     rows = Dataset.from_dict({"label": [0, 1, -1], "digit": [1, 0, 1]}, features)
-    assert named_labels(rows, "label") == ["dog", "cat", None]
-    assert named_labels(rows, "digit") == [1, 0, 1]
+    rows.to_parquet(tmp_path / "pets.parquet")
+    for source in (rows, tmp_path / "pets.parquet"):
+        table = read_table(source)
+        assert list(named_labels(table, "label")) == ["dog", "cat", None]
+        assert list(named_labels(table, "digit")) == [1, 0, 1]
     plain = Dataset.from_dict({"label": [2]}, Features({"label": Value("int64")}))
-    assert named_labels(plain, "label") == [2]
+    assert list(named_labels(read_table(plain), "label")) == [2]

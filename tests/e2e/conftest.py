@@ -1,15 +1,18 @@
-"""A tiny model, the files of two data owners, and which of the processes that a test started still run."""
+"""A tiny model, two data owners' files, a grid of them, and which of the processes that a test started still run."""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from offsite_fl.config import CACHE_VARIABLE
+from simulations.local_flower import BIN
 from tests.conftest import make_pico, make_tokenizer
 
 APP = Path(__file__).parents[2] / "simulations" / "quickstart"
@@ -30,6 +33,43 @@ SETTINGS: dict[str, object] = {
     "data.owners": ",".join(OWNERS),
     "test.tokens": 64,
 }
+
+# A grid for ``offsite-fl compare``, in the folder of write_model's "model" and write_data's "data".
+GRID = """
+[model]
+path = "model"
+split = "{split}"
+calibration-tokens = 64
+[data]
+folder = "data"
+owners = ["north", "south"]
+[grid]
+strategies = {strategies}
+emulators = ["layer-drop:keep=2"]
+partitions = ["natural"]
+clients = [2]
+rounds = {rounds}
+[tune]
+max-steps = 1
+batch-size = 2
+block-size = 16
+lr = 0.01
+[test]
+tokens = 64
+"""
+
+
+def write_grid(folder: Path, strategies: Sequence[str], split: str, rounds: int, more: str = "") -> None:
+    """``grid.toml`` of these strategies; ``more`` are further tables."""
+    text = GRID.format(split=split, strategies=json.dumps(strategies), rounds=rounds)
+    (folder / "grid.toml").write_text(text + more)
+
+
+def compare(ground: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """``offsite-fl compare`` of the grid in ``ground``, with the result as JSON on stdout."""
+    environment = {**os.environ, CACHE_VARIABLE: str(ground / "cache")}
+    command = [str(BIN / "offsite-fl"), "compare", "grid.toml", "--out", "out", "--json", *more]
+    return subprocess.run(command, cwd=ground, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def write_model(folder: Path) -> None:

@@ -3,44 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from offsite_fl.config import CACHE_VARIABLE
-from simulations.local_flower import BIN
-from tests.e2e.conftest import OWNERS, PATIENCE, write_data, write_model
-
-GRID = """
-[model]
-path = "model"
-split = "1-1"
-calibration-tokens = 64
-[data]
-folder = "data"
-owners = ["north", "south"]
-[grid]
-strategies = ["fedavg", "krum:num-malicious-nodes=9"]
-emulators = ["layer-drop:keep=2"]
-partitions = ["natural"]
-clients = [2]
-rounds = 2
-[tune]
-max-steps = 1
-batch-size = 2
-block-size = 16
-lr = 0.01
-[test]
-tokens = 64
-"""
-
-
-def compare(ground: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, CACHE_VARIABLE: str(ground / "cache")}
-    command = [str(BIN / "offsite-fl"), "compare", "grid.toml", "--out", "out", "--json", *more]
-    return subprocess.run(command, cwd=ground, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+from tests.e2e.conftest import OWNERS, compare, write_data, write_grid, write_model
 
 
 def test_a_grid_is_measured_once_and_the_second_time_nothing_runs(ground: Path) -> None:
@@ -48,7 +15,7 @@ def test_a_grid_is_measured_once_and_the_second_time_nothing_runs(ground: Path) 
     write_data(ground / "data")
     lines = [json.dumps({"text": f"rain fell in the {owner}. " * 9, "owner": owner}) for owner in OWNERS]
     (ground / "data" / "test.jsonl").write_text("\n".join(lines) + "\n")
-    (ground / "grid.toml").write_text(GRID)
+    write_grid(ground, ["fedavg", "krum:num-malicious-nodes=9"], "1-1", rounds=2)
     listed = json.loads(compare(ground, "--list").stdout)
     assert {entry["state"] for entry in listed} == {"to do"}
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.e2e.conftest import write_data, write_model
-from tests.e2e.test_compare import compare
+from tests.e2e.conftest import compare, write_data, write_grid, write_model
 
 FEDBIOT = "fedbiot:first-steps=2,align-steps=1,align-rank=2,align-batch=2"
 OTHER_LENGTH = f"{FEDBIOT},epsilon=0.01"
@@ -22,44 +21,21 @@ STRATEGIES = [
     "rolora",
 ]
 LORA = {FEDBIOT, "flora", "flexlora", "rolora"}
-HEAD = """
-[model]
-path = "model"
-split = "0-2"
-calibration-tokens = 64
-[data]
-folder = "data"
-owners = ["north", "south"]
-[grid]
-strategies = {strategies}
-emulators = ["layer-drop:keep=2"]
-partitions = ["natural"]
-clients = [2]
-rounds = 1
-[tune]
-max-steps = 1
-batch-size = 2
-block-size = 16
-lr = 0.01
-[test]
-tokens = 64
-[baselines]
-run = []
-"""
 
 
-def grid() -> str:
+def own_tables() -> str:
+    """Settings of the clients of single strategies, and no baselines."""
     own = [f'[tune-for."{name}"]\nlora-rank = 2\n' for name in STRATEGIES if name in LORA]
     # Another block length is another question about the public text, put to the same clients.
     own.append(f'[tune-for."{OTHER_LENGTH}"]\nlora-rank = 2\nblock-size = 12\n')
-    own.append('[tune-for.scaffold]\noptimizer = "sgd"\n')
-    return HEAD.replace("{strategies}", json.dumps(STRATEGIES)) + "".join(own)
+    own.append('[tune-for.scaffold]\noptimizer = "sgd"\n[baselines]\nrun = []\n')
+    return "".join(own)
 
 
 def test_each_runs_in_a_cell(ground: Path) -> None:
     write_model(ground / "model")
     write_data(ground / "data")
-    (ground / "grid.toml").write_text(grid())
+    write_grid(ground, STRATEGIES, "0-2", rounds=1, more=own_tables())
     done = compare(ground)
     assert done.returncode == 0, done.stderr
     table = json.loads(done.stdout)

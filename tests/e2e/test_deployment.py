@@ -1,4 +1,7 @@
-"""Two sites, real SuperNodes, tune a model that is on no disk while they work (fault 24); then one is restarted."""
+"""Two sites, real SuperNodes, tune a model that is on no disk while they work (fault 24); then one is restarted.
+
+The second run is one of FedBiOT, whose client in the public code can't run so (fault 14).
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from offsite_fl.evaluation.record import RunReport
 from offsite_fl.evaluation.rows import ROW_KEYS
 from offsite_fl.models.load import load_model
 from simulations.local_flower import BIN, PATHS, QUIET, LocalFlower, background, config_text, free_port, superlink
+from tests.by_name import spec
 from tests.conftest import make_pico
 from tests.e2e.conftest import APP, OWNERS, PATIENCE, SETTINGS, running, write_data, write_model
 
@@ -131,7 +135,7 @@ def test_sites_tune_what_they_never_hold_and_keep_the_bundle_over_a_restart(grou
         # Only a comparison needs the owners' data on the server. From here on it hasn't got them, as in real life.
         for name in OWNERS:
             (server / "data" / f"{name}.jsonl").unlink()
-        settings = {"baseline.run": False, "num-server-rounds": 1}
+        settings = {"baseline.run": False, "num-server-rounds": 1, "strategy": spec("fedbiot"), "tune.lora-rank": 2}
         own = {"validation-data": north / "data.jsonl"}
         # South lives on, north is a new process over its old cache.
         with started(flower, server, "second", settings) as run, site(north, flower.address, own):
@@ -148,6 +152,9 @@ def test_sites_tune_what_they_never_hold_and_keep_the_bundle_over_a_restart(grou
     assert [key for key, _ in second.rows] == list(ROW_KEYS[:4])
     assert len(second.rounds) == 1 + 1
     assert second.ledger.total(kind="bundle") == 0
+    # No reply was dropped, so each site's emulator had the server's patch, which came to it in this run.
+    patches = [second.ledger.total(kind="patch", direction="down", round=1, node=name) for name in OWNERS]
+    assert patches[0] == patches[1] > 0 and first.ledger.total(kind="patch") == 0
     assert [name for name, told in second.rounds[1].clients.items() if "evaluate_loss" in told] == ["north"]
     # The same seed on the same data through a bundle from the cache: the same model to the last bit.
     assert second.rounds[1].plug_in == first.rounds[1].plug_in

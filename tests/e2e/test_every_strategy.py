@@ -11,9 +11,8 @@ from offsite_fl.config import CACHE_VARIABLE
 from offsite_fl.evaluation.record import RunReport
 from offsite_fl.strategies.named import STRATEGIES
 from simulations.local_flower import LocalFlower, local_flower
+from tests.by_name import OF_SITES, spec
 from tests.e2e.conftest import APP, OWNERS, PATIENCE, SETTINGS, write_data, write_model
-from tests.strategies.test_every_name import OPTIONS
-from tests.strategies.test_every_name import SETTINGS as OF_SITES
 
 SITES = (*OWNERS, "east")  # Bulyan wants three
 
@@ -27,7 +26,7 @@ def ran(flower: LocalFlower, ground: Path, name: str) -> str:
         "data.owners": ",".join(SITES),
         "run.folder": folder,
         "baseline.run": False,
-        "strategy": f"{name}:{OPTIONS[name]}" if name in OPTIONS else name,
+        "strategy": spec(name),
     }
     own = {"tune." + key.replace("_", "-"): value for key, value in OF_SITES.get(name, {}).items()}
     if flower.run(APP, SETTINGS | settings | own, timeout=PATIENCE) != 0 or not (folder / "report.json").exists():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import BertConfig, BertModel, BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 from offsite_fl.config import CACHE_VARIABLE
@@ -78,6 +79,7 @@ def test_five_rows_in_accuracy(task: str, ground: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv(CACHE_VARIABLE, str(ground / "cache"))
     TASKS[task](ground)
     more = {"task": task, "model": ground / "model", "data.folder": ground, "run.folder": ground / "run"}
+    more["run.tracker"] = "tensorboard"
     size = {"image-size": 28 if task == "image-classification" else 0}
     with local_flower(ground / "flower", supernodes=2) as flower:
         assert flower.run(APP, SETTINGS | more | size, timeout=PATIENCE) == 0
@@ -94,6 +96,11 @@ def test_five_rows_in_accuracy(task: str, ground: Path, monkeypatch: pytest.Monk
     assert all(bool(sample.image) == (task == "image-classification") for sample in report.samples)
     page = (ground / "run" / "report.html").read_text()
     assert "Sample by sample" in page
+
+    tracked = EventAccumulator(str(ground / "run" / "tracking" / "run"))
+    tracked.Reload()
+    assert [event.step for event in tracked.Scalars("bytes/up")] == [1, 2]
+    assert tracked.Scalars("rows/plug_in/accuracy")[0].value == pytest.approx(report.rows.plug_in.accuracy)
 
     # The head has travelled and was tuned.
     update = Update.load(ground / "run" / "update.safetensors")

@@ -17,9 +17,9 @@ from offsite_fl.emulators.base import Batch, Context, Emulator, EmulatorBlock, s
 from offsite_fl.emulators.distill import Distill, hold_out, relative_error
 from offsite_fl.emulators.quantize import Quantize
 from offsite_fl.emulators.spec import parse_emulator
-from offsite_fl.emulators.student import Student, Teacher, evaluating
+from offsite_fl.emulators.student import Student, Teacher
 from offsite_fl.errors import ConfigError, EmulatorError
-from offsite_fl.evaluation.loss import causal_nll
+from offsite_fl.evaluation.loss import causal_nll, evaluating
 from offsite_fl.models.blocks import find_blocks
 from offsite_fl.models.linears import LowRankLinear, replace_module
 from offsite_fl.models.walk import call_block, capture_calls

@@ -86,6 +86,17 @@ def test_several_tasks_twice_and_nothing_is_left_changed(pico_llama, pico_tokeni
     assert first.accuracy == pytest.approx(sum(tasks.results[0].values()) / 2)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.usefixtures("quiet")
+def test_the_generator_of_a_gpu_is_left_as_it_was(pico_llama, pico_tokenizer, tmp_path) -> None:
+    tasks, model = LmEval([task(tmp_path)], pico_tokenizer), pico_llama.to("cuda")
+    torch.cuda.manual_seed_all(5)
+    before = torch.cuda.get_rng_state()
+    tasks(model)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
 @pytest.mark.usefixtures("quiet")
 def test_what_is_wrong_is_named(pico_llama, pico_tokenizer, tmp_path) -> None:
     with pytest.raises(DataError, match=r"task file none\.yaml doesn't exist"):

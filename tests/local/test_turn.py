@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from offsite_fl.strategies import Ditto, FedNova, FedPer, OffsiteTuning, Scaffol
 from offsite_fl.strategies.named import make_strategy
 from offsite_fl.wire.settings import client_seed
 from tests.flower_fakes import FakeGrid, all_nodes
-from tests.pico_clients import fresh_process, owner_with_bundle, reasons, two_sites
+from tests.pico_clients import one_owner, own_process, reasons, two_sites  # noqa: F401  (fixtures)
 
 SGD = TuneConfig(
     max_steps=2,
@@ -44,17 +44,6 @@ BASES: dict[str, Callable[..., Strategy]] = {
     "ditto": Ditto,
 }
 KEEPING = ["scaffold", "fedper", "ditto"]
-
-
-@pytest.fixture(scope="module")
-def owner(tmp_path_factory: pytest.TempPathFactory) -> ModelOwner:
-    return owner_with_bundle(tmp_path_factory.mktemp("owner"))
-
-
-@pytest.fixture(autouse=True)
-def process() -> Iterator[None]:
-    with fresh_process():
-        yield
 
 
 @pytest.fixture

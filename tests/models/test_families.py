@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,7 +13,6 @@ import torch
 from datasets import Dataset  # type: ignore[import-untyped,unused-ignore]
 from PIL import Image as Pillow
 from torch import nn
-from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from offsite_fl.bundle import Bundle
 from offsite_fl.config import TuneConfig
@@ -32,7 +29,7 @@ from offsite_fl.owner import ModelOwner
 from offsite_fl.update import Update
 from tests.conftest import make_tokenizer
 
-from .families import DEPTH, FAMILIES, IMAGE, Batch, batch_for, build, output_of
+from .families import DEPTH, FAMILIES, Batch, batch_for, build, handing_on, output_of, processor_of
 
 NAMES = sorted(FAMILIES)
 ENDS, MIDDLE = (0, 5), (1, 2, 3, 4)
@@ -60,35 +57,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Parties]:
 
     class Made(dict[str, Parties]):
         def __missing__(self, name: str) -> Parties:
-            owner = ModelOwner(model_of(name), processor_of(name), Split(first=1, last=1))
+            owner = ModelOwner(model_of(name), processor_of(FAMILIES[name]), Split(first=1, last=1))
             bundle = owner.make_bundle("layer-drop:keep=2", home / name)
             self[name] = Parties(owner, bundle, DataOwner.open(bundle, device="cpu"))
             return self[name]
 
     return Made()
-
-
-def processor_of(name: str) -> Any:
-    """An image processor for classifiers of images; else a tokenizer, which stands in for a vision tower's too."""
-    images = FAMILIES[name].task == "image-classification"
-    return ViTImageProcessorPil(size={"height": IMAGE, "width": IMAGE}) if images else make_tokenizer()
-
-
-@contextmanager
-def handing_on(model: nn.Module, places: tuple[int, ...]) -> Iterator[None]:
-    """The blocks at ``places`` run, but hand on the hidden state that they got: the model as if they weren't there."""
-
-    def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        state = args[0] if args else kwargs["hidden_states"]
-        return (state, *output[1:]) if isinstance(output, tuple) else state
-
-    stack = block_list(model, find_blocks(model))
-    handles = [stack[place].register_forward_hook(leave, with_kwargs=True) for place in places]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def context_of(name: str) -> Context:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from offsite_fl.errors import ConfigError, ModelError, UpdateError
+from offsite_fl.errors import ModelError, UpdateError
 from offsite_fl.models.blocks import find_blocks
-from offsite_fl.models.head import HEAD, choose_head, is_head, read_head, refuse_lora
+from offsite_fl.models.head import HEAD, choose_head, is_head, read_head
 from offsite_fl.models.network import (
     NetworkPlan,
     adapter_parameters,
@@ -142,10 +142,3 @@ def test_plug_in_writes_head_and_blocks_or_nothing():
     assert {"classifier.weight", "classifier.bias"} <= changed
     assert {name.rpartition(".")[0].split(".")[2] for name in changed - set(head)} == {"0", "3"}
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-
-
-def test_lora_and_a_head_are_refused_together():
-    refuse_lora((), object())
-    refuse_lora(("classifier.weight",), None)
-    with pytest.raises(ConfigError, match="head = 'none'"):
-        refuse_lora(("classifier.weight",), object())

@@ -1,9 +1,8 @@
-"""Every registered strategy on the same three sites: order, resuming, and a reply that can't be used."""
+"""Every registered strategy on the same sites: order, resuming, a reply that can't be used, and one site alone."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +17,12 @@ from offsite_fl.owner import ModelOwner
 from offsite_fl.strategies import OffsiteTuning
 from offsite_fl.strategies.named import STRATEGIES, make_strategy
 from simulations.in_process import InProcessGrid
+from tests.by_name import OF_SITES, spec
 from tests.flower_fakes import all_nodes
-from tests.pico_clients import fresh_process, owner_with_bundle, reasons
+from tests.pico_clients import one_owner, own_process, reasons  # noqa: F401  (fixtures)
 
 TEXTS = ("rain falls on the hills. ", "we sold 40 bolts of cloth. ", "the cat sat on the mat. ")
-# What a name needs beside itself: options of the spec, and settings of the sites.
-OPTIONS = {
-    "qfedavg": "client-learning-rate=0.01",
-    "fedot": "placement=any,distilled=false",
-    "fedbiot": "placement=any,first-steps=2,align-steps=1,align-rank=2,align-batch=2",
-    "fedprox": "proximal-mu=0.1",
-    "fedavgm": "server-momentum=0.5",
-}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "scaffold": {"optimizer": "sgd"},
-    **{name: {"lora_rank": 2} for name in ("fedbiot", "flora", "flexlora", "ffa-lora", "rolora")},
-}
 TUNE = {"max_steps": 1, "batch_size": 2, "block_size": 16, "lr": 0.01, "progress": False}
-
-
-@pytest.fixture(scope="module")
-def owner(tmp_path_factory: pytest.TempPathFactory) -> ModelOwner:
-    return owner_with_bundle(tmp_path_factory.mktemp("owner"))
-
-
-@pytest.fixture(autouse=True)
-def process() -> Iterator[None]:
-    with fresh_process():
-        yield
 
 
 def sites(folder: Path) -> dict[int, dict[str, Any]]:
@@ -59,16 +36,21 @@ def sites(folder: Path) -> dict[int, dict[str, Any]]:
     return nodes
 
 
-def strategy(name: str, owner: ModelOwner, folder: Path, **options: Any) -> OffsiteTuning:
+def strategy(name: str, owner: ModelOwner, folder: Path, nodes: int = 3, **options: Any) -> OffsiteTuning:
     for generator in (random.seed, np.random.seed, torch.manual_seed):
         generator(5)
-    spec = f"{name}:{OPTIONS[name]}" if name in OPTIONS else name
-    tune = TuneConfig(**{**TUNE, **SETTINGS.get(name, {})})
+    tune = TuneConfig(**{**TUNE, **OF_SITES.get(name, {})})
     folder.mkdir(parents=True, exist_ok=True)
     public = folder.parent / "public.txt"
     public.write_text("a dog lay by the door of the house. " * 20)
     return OffsiteTuning(
-        make_strategy(spec, **all_nodes(3)), owner, tune=tune, public=public, run_dir=folder, progress=False, **options
+        make_strategy(spec(name), **all_nodes(nodes)),
+        owner,
+        tune=tune,
+        public=public,
+        run_dir=folder,
+        progress=False,
+        **options,
     )
 
 
@@ -118,3 +100,37 @@ def test_a_reply_of_nan_is_dropped_and_spoils_nothing(name: str, owner: ModelOwn
     assert [reason for reason in reasons(made) if "aren't finite" in reason] == reasons(made)[:1]
     # Bulyan wants three good replies at the least, and otherwise leaves everything as it was.
     assert made.history[-1].skipped == (name == "bulyan") == (len(reasons(made)) == 2)
+
+
+# Of one site alone. Adaptive servers take steps of their own, QFedAvg divides by its own estimate of curvature, Bulyan
+# wants three replies, and FLoRA's reply, factors, is another thing than its result: tests/strategies/test_lora_*.py.
+OTHERWISE = {"fedadam", "fedadagrad", "fedyogi", "qfedavg", "bulyan", "flora"}
+
+
+@pytest.mark.parametrize("name", sorted(set(STRATEGIES) - OTHERWISE))
+def test_one_site_is_that_site(name: str, owner: ModelOwner, tmp_path: Path) -> None:
+    replies: list[dict[str, torch.Tensor]] = []
+    app = make_client_app()
+
+    def watched(message: Message, context: Context) -> Message:
+        reply = app(message, context)
+        if message.metadata.message_type == "train":
+            (record,) = reply.content.array_records.values()
+            replies.append({key: torch.from_numpy(array.numpy().copy()) for key, array in record.items()})
+        return reply
+
+    made = strategy(name, owner, tmp_path / "run", nodes=1)
+    sent = made.state
+    found = rounds(made, InProcessGrid(watched, dict([*sites(tmp_path).items()][:1])), 1)
+    (reply,) = replies
+    assert not reasons(made) and reply.keys() <= found.keys() == sent.keys()
+    assert any(not torch.equal(found[key], value) for key, value in sent.items())
+    wanted = {**sent, **reply}
+    if name == "flexlora":  # other factors of the same product
+        found, wanted = products(found), products(wanted)
+    assert all(torch.allclose(found[key], value, rtol=1e-5, atol=1e-6) for key, value in wanted.items())
+
+
+def products(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """B A by the name of A."""
+    return {key: state[key.replace("lora_A", "lora_B")] @ value for key, value in state.items() if "lora_A" in key}

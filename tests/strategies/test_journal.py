@@ -31,3 +31,10 @@ def test_a_site_that_was_started_anew_takes_its_name_over() -> None:
     assert found.ledger.total(node="a") == 5
     # Should the first one come back, it is the second now.
     assert found.namesakes([1, 2], {1, 2}).keys() == {1} and found.last_used(1, "num-examples") == 0
+
+
+def test_a_name_that_its_node_gave_up_goes_to_the_next_one() -> None:
+    """A node may say another name in every reply; that must not end the run of the others."""
+    found = journal((1, "a"), (2, "a"), (3, "a"), (1, "b"))
+    assert found.namesakes([1, 2, 3], {1, 2, 3}).keys() == {3}
+    assert [found.nodes[node] for node in (1, 2, 3)] == ["b", "a", "a (node 3)"]

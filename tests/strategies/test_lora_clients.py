@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from offsite_fl.strategies.named import make_strategy
 from offsite_fl.tuning.lora import merge_lora
 from offsite_fl.update import Update
 from tests.flower_fakes import FakeGrid, all_nodes
-from tests.pico_clients import fresh_process, owner_with_bundle, reasons, two_sites
+from tests.pico_clients import one_owner, own_process, owner_with_bundle, reasons, two_sites  # noqa: F401  (fixtures)
 
 TUNE = TuneConfig(
     max_steps=2,
@@ -39,21 +38,10 @@ TUNE = TuneConfig(
 NAMES = ["flora", "flexlora", "ffa-lora", "rolora"]
 
 
-@pytest.fixture(scope="module")
-def owner(tmp_path_factory: pytest.TempPathFactory) -> ModelOwner:
-    return owner_with_bundle(tmp_path_factory.mktemp("owner"))
-
-
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def either(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelOwner:
     """A model whose linears are stored [out, in], and one whose are stored [in, out]."""
     return owner_with_bundle(tmp_path_factory.mktemp("either"), family=request.param)
-
-
-@pytest.fixture(autouse=True)
-def process() -> Iterator[None]:
-    with fresh_process():
-        yield
 
 
 @pytest.fixture

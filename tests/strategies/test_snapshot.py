@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offsite_fl.errors import CheckpointError
-from offsite_fl.strategies import rng
+from offsite_fl.strategies import FedNova, Scaffold, rng
 from offsite_fl.strategies.snapshot import nested, put, rollback_point, settings, take
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
@@ -141,3 +141,11 @@ def test_random_states_go_on_where_they_were() -> None:
     assert draw() == first
     with pytest.raises(CheckpointError, match="random state"):
         rng.set_rng_state({"python": 1})
+
+
+@pytest.mark.parametrize("strategy", [Scaffold(), FedNova()], ids=["scaffold", "fednova"])
+def test_what_each_round_sets_anew_is_no_state(strategy: Any) -> None:
+    """The adapter that a round began with is in the checkpoint already."""
+    strategy.current = ArrayRecord({"w": torch.ones(2)})
+    table, arrays = take(strategy)
+    assert "current" not in table and not any(name.startswith("base.current") for name in arrays)

@@ -17,6 +17,7 @@ from offsite_fl.tuning.lora import (
     padded,
     target_weights,
     trained_names,
+    unmoved,
 )
 
 
@@ -204,3 +205,19 @@ def test_names_of_the_trained_factors():
     names = ["adapter.0.q.lora_A.weight", "adapter.0.q.lora_B.weight"]
     assert [trained_names(names, train) for train in ("both", "a", "b")] == [names, names[:1], names[1:]]
     assert trained_names(["adapter.0.q.weight"], "both") == ["adapter.0.q.weight"]
+
+
+def test_a_head_goes_through_whole():
+    """What is done to factors isn't done to the tensors of a head, which are trained whole (peft: modules_to_save)."""
+    head, a, b = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 1.0]])
+    names = ["adapter.0.q.lora_A.weight", "adapter.0.q.lora_B.weight", "adapter.head.score.weight"]
+    factors = dict(zip(names, (a, b, head), strict=True))
+    assert trained_names(names, "a") == [names[0], names[2]] and trained_names(names, "b") == names[1:]
+    for changed in (first_components(factors, 1), padded(factors, 3), unmoved(factors)):
+        assert changed[names[2]] is head
+    assert first_components(factors, 1)[names[0]].shape == (1, 2) and padded(factors, 3)[names[1]].shape == (1, 3)
+    assert not unmoved(factors)[names[0]].any()
+    values = {"adapter.0.q.weight": torch.tensor([[1.0, 1.0]]), "adapter.head.score.weight": torch.zeros(1, 2)}
+    merged = added(values, factors, {"adapter.0.q.weight": False}, 0.5)
+    torch.testing.assert_close(merged["adapter.0.q.weight"], torch.tensor([[2.5, 2.0]]))  # 1 + 0.5 * (3, 2)
+    assert torch.equal(merged["adapter.head.score.weight"], head)

@@ -14,10 +14,20 @@ from rich.console import Console
 from classify.model import classifier_owner
 from classify.scoring import Scored, samples_of
 from classify.settings import LABEL, Settings, owner_name
-from offsite_fl.apps import Clock, Work, five_rows, make_strategy_for, open_bundle, seed_everything
+from offsite_fl.apps import (
+    Clock,
+    Work,
+    five_rows,
+    make_strategy_for,
+    open_bundle,
+    seed_everything,
+    track,
+    tracking_for,
+)
 from offsite_fl.evaluation.record import RunReport, versions
 from offsite_fl.evaluation.rows import FiveRows, Row
 from offsite_fl.evaluation.tables import print_report
+from offsite_fl.evaluation.tracking import final_values
 from offsite_fl.strategies import OffsiteTuning, central_evaluation
 
 app = ServerApp()
@@ -30,6 +40,7 @@ def main(grid: Grid, context: Context) -> None:
     settings, clock = Settings.of(context.run_config), Clock(console)
     folder, test = Path(settings.run.folder).absolute(), settings.data.rows("test")
     test = test.select(range(min(len(test), settings.test.examples)))
+    tracking = tracking_for(settings.run, context.run_config)
     seed_everything(settings.main.seed)
     with clock("opening the model and making its head from public examples"):
         owner = classifier_owner(settings)
@@ -38,6 +49,7 @@ def main(grid: Grid, context: Context) -> None:
         open_bundle(owner, settings.main, settings.run, calibration=public, block_size=settings.tune.block_size)
     scored = Scored(owner, test, settings.tune.block_size)
     strategy = make_strategy_for(owner, settings.main, settings.tune, settings.run, public)
+    track(strategy, tracking)
     with clock("federated tuning"):
         evaluate = central_evaluation(
             scored.measure, strategy.lora, every=settings.test.every, patch=lambda: strategy.patch
@@ -49,13 +61,16 @@ def main(grid: Grid, context: Context) -> None:
     with clock("full fine-tuning, the upper bound"):
         best = upper_bound(scored, strategy, settings) if settings.baseline.run else None
     answers = scored.latest[: len(shown)] if best is not None else []
+    rows = replace(rows, full_fine_tuning=best)
+    tracking.log(final_values(rows), settings.main.num_server_rounds)
+    tracking.close()
     samples = samples_of(owner, shown, strategy, settings.tune.block_size, answers)
     update = strategy.update()
     owner.plug_in(update)
     update.save(folder / "update.safetensors")
     if settings.run.save_model:
         owner.save(folder / "adapted")
-    report = record(replace(rows, full_fine_tuning=best), strategy, settings, clock, context)
+    report = record(rows, strategy, settings, clock, context)
     report.samples = samples
     report.data |= shares_of(strategy, settings, len(list(grid.get_node_ids())))
     report.write(folder)

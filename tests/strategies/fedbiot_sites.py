@@ -1,0 +1,26 @@
+"""FedBiOT on pico sites: the settings, the public text and the strategy that its tests begin with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets import Dataset
+
+from offsite_fl.config import TuneConfig
+from offsite_fl.owner import ModelOwner
+from offsite_fl.strategies import FedBiOT, OffsiteTuning
+from tests.flower_fakes import all_nodes
+
+TUNE = TuneConfig(
+    max_steps=2, lr=1e-2, batch_size=2, block_size=12, lora_rank=2, progress=False, device="cpu", optimizer="sgd"
+)
+PUBLIC = Dataset.from_dict({"text": ["the quick brown fox jumps over the lazy dog. " * 3, "a stitch in time. " * 5]})
+ALIGN: dict[str, Any] = {"first_steps": 3, "align_steps": 2, "align_rank": 2, "align_batch": 2, "align_lr": 1e-2}
+
+
+def fedbiot(**options: Any) -> FedBiOT:
+    return FedBiOT(**{"fraction_evaluate": 0.0, **ALIGN, **all_nodes(2), **options})
+
+
+def strategy_for(owner: ModelOwner, base: Any = None, **options: Any) -> OffsiteTuning:
+    return OffsiteTuning(base or fedbiot(), owner, **{"tune": TUNE, "public": PUBLIC, **options})
