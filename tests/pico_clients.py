@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from offsite_fl import client_app
+from offsite_fl.local.open_network import networks
 from offsite_fl.models.split import Split
 from offsite_fl.owner import ModelOwner
 from offsite_fl.strategies import OffsiteTuning
@@ -24,10 +24,10 @@ WORDS = ("rain falls on the hills. ", "we sold 40 bolts of cloth. ")
 @contextlib.contextmanager
 def fresh_process() -> Iterator[None]:
     """As in a process that was just started for a Flower run: no bundle is open, and messages can be made."""
-    client_app._networks.clear()
+    networks.clear()
     with task_identity():
         yield
-    client_app._networks.clear()
+    networks.clear()
 
 
 def owner_with_bundle(

@@ -24,11 +24,12 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 
-from offsite_fl import client_app
 from offsite_fl.bundle import Cache
 from offsite_fl.client_app import make_client_app
 from offsite_fl.config import TuneConfig
 from offsite_fl.data_owner import DataOwner
+from offsite_fl.local.answering import WITHHELD
+from offsite_fl.local.open_network import networks
 from offsite_fl.owner import ModelOwner
 from offsite_fl.strategies import OffsiteTuning
 from offsite_fl.wire.settings import client_seed
@@ -104,7 +105,7 @@ def test_one_client_is_single_party_tuning_with_the_same_seed(owner: ModelOwner,
 
 def test_a_restarted_process_finds_its_cache(owner: ModelOwner, sites: dict[int, dict[str, Any]]) -> None:
     federate(owner, sites, 1)
-    client_app._networks.clear()
+    networks.clear()
     grid = FakeGrid(make_client_app(), {node + 90: config for node, config in sites.items()})  # new node ids too
     strategy = federate(owner, grid.nodes, 1, grid=grid)
     assert not grid.types("train.bundle") and len(grid.types("train")) == 2
@@ -132,7 +133,7 @@ def test_an_evicted_bundle_is_reported_and_delivered_again(owner: ModelOwner, si
 
     def tamper(reply: Message) -> Message:
         if reply.metadata.message_type == "train" and len(strategy.history) == 2:
-            client_app._networks.clear()
+            networks.clear()
             gc.collect()  # the lease on the bundle
             Cache(cache, max_bytes=1)._evict(owner.bundle.digest)  # type: ignore[union-attr]
         return reply
@@ -156,13 +157,13 @@ def test_virtual_clients_share_the_network_and_leave_no_trace(
     assert len(opened) == 1
 
     def as_processes(message: Any, context: Any) -> Message:
-        client_app._networks.clear()
+        networks.clear()
         return make_client_app()(message, context)
 
     apart = federate(owner, dict(reversed(sites.items())), 2, app=as_processes)
     one, other = together.update().tensors, apart.update().tensors
     assert all(torch.equal(one[name], other[name]) for name in one)
-    network = next(iter(client_app._networks._open.values())).model
+    network = next(iter(networks._open.values())).model
     frozen = real(owner.bundle).model.state_dict()  # type: ignore[arg-type]
     same = {n for n, t in network.state_dict().items() if torch.equal(t, frozen[n])}
     assert {n for n in frozen if ".layers.0." not in n and ".layers.3." not in n} <= same
@@ -216,7 +217,7 @@ def test_resume_with_the_real_data_owner(owner: ModelOwner, sites: dict[int, Any
     }
     whole = federate(owner, sites, 4, base=bases[name]()).update().tensors
     federate(owner, sites, 2, base=bases[name](), run_dir=tmp_path)
-    client_app._networks.clear()
+    networks.clear()
     np.random.seed(1), torch.manual_seed(1)
     parts = federate(owner, sites, 4, base=bases[name](), run_dir=tmp_path, resume=True).update().tensors
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
@@ -253,7 +254,7 @@ def test_what_is_wrong_with_private_data_stays_at_the_site(
     finally:
         logging.getLogger("flwr").removeHandler(caplog.handler)
     found = {dropped.node: dropped.reason for dropped in strategy.history[1].dropped}
-    assert set(found.values()) == {f"DataError: {client_app.WITHHELD}"} and len(found) == len(faults)
+    assert set(found.values()) == {f"DataError: {WITHHELD}"} and len(found) == len(faults)
     assert all(part in caplog.text for part in faults)
     assert "John" not in caplog.text
 

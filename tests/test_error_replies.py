@@ -14,12 +14,13 @@ from flwr.app import Context, Message
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp.strategy import FedAvg
 
-from offsite_fl import client_app
 from offsite_fl.bundle import Cache, cache, incoming
-from offsite_fl.client_app import HIDDEN, make_client_app
+from offsite_fl.client_app import make_client_app
 from offsite_fl.config import TuneConfig
 from offsite_fl.errors import BundleError
 from offsite_fl.local import site_state
+from offsite_fl.local.answering import HIDDEN
+from offsite_fl.local.open_network import networks
 from offsite_fl.owner import ModelOwner
 from offsite_fl.strategies import FedPer, OffsiteTuning
 from tests.flower_fakes import FakeGrid, all_nodes
@@ -106,7 +107,7 @@ def test_a_bundle_that_can_t_be_kept(
 def test_a_bundle_that_is_gone(owner: ModelOwner, site: dict[str, Any]) -> None:
     def evaluate(server_round: int, arrays: Any) -> None:
         if server_round == 1:
-            client_app._networks.clear()
+            networks.clear()
             shutil.rmtree(site["cache-dir"])
 
     (reason, *_) = told(owner, site, evaluate_fn=evaluate)

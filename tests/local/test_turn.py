@@ -15,10 +15,10 @@ from flwr.clientapp.mod import LocalDpMod
 from flwr.serverapp.strategy import FedAvg, Strategy
 from safetensors.torch import load_file
 
-from offsite_fl import client_app
 from offsite_fl.client_app import make_client_app
 from offsite_fl.config import TuneConfig
 from offsite_fl.data_owner import DataOwner
+from offsite_fl.local.open_network import networks
 from offsite_fl.owner import ModelOwner
 from offsite_fl.strategies import Ditto, FedNova, FedPer, OffsiteTuning, Scaffold
 from offsite_fl.strategies.named import make_strategy
@@ -94,7 +94,7 @@ def test_resumed_rounds_equal_uninterrupted_ones(
     cache = tmp_path / "cache"
     expected = kept(cache, whole.base.run_key, 4)
     federate(owner, sites, base(name), 2, run_dir=tmp_path / "run")
-    client_app._networks.clear()
+    networks.clear()
     moved = {node + 900: config for node, config in sites.items()}
     second = federate(owner, moved, base(name), 4, run_dir=tmp_path / "run", resume=True)
     one, other = whole.update().tensors, second.update().tensors
@@ -194,7 +194,7 @@ def test_two_sites_of_one_name(owner: ModelOwner, sites: dict[int, Any], name: s
     two = {**sites[501], "name": "a", "cache-dir": str(tmp_path / "two")}
 
     def on(rounds: int, nodes: dict[int, Any], resume: bool) -> OffsiteTuning:
-        client_app._networks.clear()
+        networks.clear()
         chosen = base(name, 1, fraction_evaluate=0.0)
         return federate(owner, nodes, chosen, rounds, run_dir=tmp_path / "run", resume=resume)
 

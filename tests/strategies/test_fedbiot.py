@@ -17,11 +17,11 @@ import torch
 from datasets import Dataset
 from flwr.app import Array, ArrayRecord, Context, Message
 
-from offsite_fl import client_app
 from offsite_fl.alignment import Aligner
 from offsite_fl.client_app import make_client_app
 from offsite_fl.data_owner import DataOwner
 from offsite_fl.errors import OffsiteError
+from offsite_fl.local.open_network import networks
 from offsite_fl.owner import ModelOwner
 from offsite_fl.strategies import OffsiteTuning
 from offsite_fl.wire import names
@@ -223,7 +223,7 @@ def test_each_message_in_a_process_of_its_own(owner: ModelOwner, nodes: dict[int
     app = make_client_app()
 
     def forgetful(message: Message, context: Context) -> Message:
-        client_app._networks.clear()
+        networks.clear()
         return app(message, context)
 
     states = []
@@ -368,7 +368,7 @@ def test_resumed_alignment_equals_an_uninterrupted_one(
     """Fault 21: factors, optimiser, batches and step count go on where they were, bit for bit."""
 
     def run(folder: str, rounds: int, **options: Any) -> OffsiteTuning:
-        client_app._networks.clear()
+        networks.clear()
         strategy = strategy_for(owner, run_dir=tmp_path / folder, **options)
         strategy.start(FakeGrid(make_client_app(), nodes), num_rounds=rounds)
         return strategy

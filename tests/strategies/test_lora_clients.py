@@ -11,10 +11,10 @@ import torch
 from flwr.clientapp.mod import LocalDpMod, fixedclipping_mod
 from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping
 
-from offsite_fl import client_app
 from offsite_fl.client_app import make_client_app
 from offsite_fl.config import TuneConfig
 from offsite_fl.data_owner import DataOwner
+from offsite_fl.local.open_network import networks
 from offsite_fl.owner import ModelOwner
 from offsite_fl.strategies import OffsiteTuning
 from offsite_fl.strategies.central import central_evaluation
@@ -151,7 +151,7 @@ def test_evaluation_plug_in_and_resume(owner: ModelOwner, nodes: dict[int, Any],
     whole = federate(owner, nodes, name, 3)
     assert not reasons(whole) and whole.history[3].clients["a"]["evaluate_loss"] > 0
     federate(owner, nodes, name, 1, run_dir=tmp_path / "run")
-    client_app._networks.clear()
+    networks.clear()
     parts = federate(owner, nodes, name, 3, run_dir=tmp_path / "run", resume=True)
     one, other = whole.update(), parts.update()
     assert all(torch.equal(one.tensors[key], other.tensors[key]) for key in one.tensors)
