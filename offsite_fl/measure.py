@@ -20,7 +20,7 @@ from offsite_fl.errors import DataError, UpdateError
 from offsite_fl.evaluation.classification import evaluate_classes
 from offsite_fl.evaluation.loss import LossResult, evaluate_loss
 from offsite_fl.evaluation.rows import Row
-from offsite_fl.models.head import HEAD
+from offsite_fl.models.head import by_slot_names
 from offsite_fl.models.tasks import CLASSIFICATION
 from offsite_fl.owner import ModelOwner
 from offsite_fl.patch import Patch
@@ -132,7 +132,7 @@ class Measure:
         tune(
             model,
             # Under the head's own slot names, so that its learning rate is that of the data owners.
-            {HEAD + name if name in self.owner.head else name: p for name, p in model.named_parameters()},
+            by_slot_names(model, self.owner.head),
             train,
             config.without_lora(),
             pad_id=self.owner.pad_id,

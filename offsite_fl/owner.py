@@ -43,7 +43,7 @@ from offsite_fl.models.network import (
     shared_tensors,
 )
 from offsite_fl.models.plug import adapter_tensors, plug_in, swapped_in
-from offsite_fl.models.processors import Processor, check_processor, need_tokenizer
+from offsite_fl.models.processors import Processor, check_processor, need_tokenizer, on_pil
 from offsite_fl.models.split import Split
 from offsite_fl.models.tasks import CLASSIFICATION
 from offsite_fl.repair import Repair
@@ -79,7 +79,7 @@ class ModelOwner:
                 "the model is wrapped by PEFT, and its factors can't leave as blocks: merge them first, by "
                 "model.merge_and_unload()"
             )
-        self.model, self.processor, self.task = model.eval(), processor, known_task(model, task)
+        self.model, self.processor, self.task = model.eval(), on_pil(processor), known_task(model, task)
         self.split = split or Split()
         self.blocks: Blocks = find_blocks(model)
         self.head = choose_head(model, self.blocks.path, self.task, head)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from offsite_fl import choose
 from offsite_fl.alignment.aligner import Aligner
 from offsite_fl.comparing.bench import Bench
 from offsite_fl.comparing.settings import GridSettings
@@ -24,12 +23,6 @@ TEXT = "the cat sat on the mat. " * 40
 def owner(tmp_path: Path) -> ModelOwner:
     (tmp_path / "public.txt").write_text(TEXT)
     return ModelOwner(make_classifier("bert"), make_tokenizer(), Split(first=1, last=1))
-
-
-def test_choosing(owner: ModelOwner, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=SAID):
-        choose(owner, calibration=tmp_path / "public.txt", out=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_aligning(owner: ModelOwner, tmp_path: Path) -> None:

@@ -164,10 +164,11 @@ def _report_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     size, middle = report["bytes"], report["middle_bytes"]
     rows = [
         ("emulator in memory", f"{human_bytes(size)}, {_percent(size / middle)} of the middle's {human_bytes(middle)}"),
-        ("forward FLOPs", f"{_percent(report['flops_share'])} of the middle's"),
         ("leaves verbatim", f"{_percent(report['verbatim_share'])} of the full model's parameters"),
         *(("note", note) for note in report.get("notes", ())),
     ]
+    if report["flops_share"] is not None:
+        rows.insert(1, ("forward FLOPs", f"{_percent(report['flops_share'])} of the middle's"))
     if report["hidden_error"] is None or report["perplexity"] is None:
         return [*rows, ("quality", "not measured: no calibration text was given")]
     return [

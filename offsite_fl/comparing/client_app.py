@@ -60,7 +60,11 @@ def threat_of(context: Context) -> Any:
     config = context.run_config
     if not config.get(ATTACK):
         return None
-    package = str(config[PACKAGE])
+    return make_threat(str(config[PACKAGE]), str(config[ATTACK]), str(config[ATTACKERS]))
+
+
+def make_threat(package: str, attack: str, attackers: str) -> Any:
+    """The ``Threat`` of a package; ``ConfigError`` if there is none, or if it knows no such attack."""
     try:
         kind = importlib.import_module(package).Threat
     except (ImportError, AttributeError) as error:
@@ -68,7 +72,7 @@ def threat_of(context: Context) -> Any:
             f"attacks are for simulations from the repository: {package}.Threat can't be had here ({error}); run "
             "offsite-fl compare in its root, or set grid.attack-package"
         ) from error
-    return kind.of({"attack": config[ATTACK], "attackers": config[ATTACKERS]})
+    return kind.of({"attack": attack, "attackers": attackers})
 
 
 misbehave = misbehaving(threat_of)  # a Flower mod around tuning that does what the cell's attack says, or nothing

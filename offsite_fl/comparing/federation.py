@@ -87,7 +87,7 @@ def cell_config(settings: GridSettings, cell: Cell, data: Path) -> dict[str, str
     found: dict[str, str | int] = {client_app.DATA: str(data)}
     if cell.condition.attack:
         found[client_app.ATTACK] = cell.condition.attack
-        found[client_app.ATTACKERS] = ",".join(map(str, settings.grid.attackers))
+        found[client_app.ATTACKERS] = settings.grid.attackers_text
         found[client_app.PACKAGE] = settings.grid.attack_package
         found[client_app.MODEL] = settings.model.source()
         tune = settings.tune_of(cell.arm.strategy, cell.seed)

@@ -169,6 +169,8 @@ def _condition(condition: Condition, standings: Sequence[Standing], summary: Sum
     ]
     seeds = len(summary.settings.grid.seeds)
     about = "Best first; references in grey." + (" Mean and standard deviation over seeds." if seeds > 1 else "")
+    drawn = sum(standing.arm.role == "strategy" and standing.plug_in is not None for standing in standings)
+    about += f" The curves are those of the best {plots.MANY} of {drawn}." if drawn > plots.MANY else ""
     return section(
         title_of(condition, summary),
         about,

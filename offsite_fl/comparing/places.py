@@ -120,7 +120,7 @@ class Places:
             "split": str(self.split(cell)),
             "arm": [cell.arm.role, cell.arm.strategy, emulator],
             "condition": condition,
-            "attackers": axes.attackers if cell.condition.attack else None,
+            "attackers": [axes.attack_package, axes.attackers] if cell.condition.attack else None,
             "seed": cell.seed,
             "tune": tune if cell.arm.role != "zero-shot" else None,
             "rounds": axes.rounds,

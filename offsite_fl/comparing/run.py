@@ -17,7 +17,7 @@ from offsite_fl.comparing.bench import Bench
 from offsite_fl.comparing.cells import Cell, cells
 from offsite_fl.comparing.client_app import CACHE
 from offsite_fl.comparing.division import divide, read_rows
-from offsite_fl.comparing.fitting import check_strategies
+from offsite_fl.comparing.fitting import check_attacks, check_strategies
 from offsite_fl.comparing.local_flower import LocalFlower, local_flower, module_path, stop_group
 from offsite_fl.comparing.places import Places
 from offsite_fl.comparing.results import Measured
@@ -75,6 +75,7 @@ class Comparison:
         pending = [state for state in self.states() if state.measured is None]
         if pending:
             check_strategies(self.settings, self.places.inputs.depth)
+            check_attacks(self.settings, Path.cwd())
             self._prepare([state.cell for state in pending])
             for shards in shards_of(pending, parallel):
                 self._measure(shards, gpus_per_client, watch)

@@ -119,7 +119,22 @@ class Axes:
             check(0 < share <= 1, f"grid.fractions must lie above 0 and at most at 1, got {share}")
         check(self.rounds >= 1, f"grid.rounds must be at least 1, got {self.rounds}")
         _ = CODECS[self.codec]
-        check(not any(self.attacks) or self.codec == "fp32", "attacks work on plain values: set grid.codec to fp32")
+        if any(self.attacks):
+            self._check_attackers()
+
+    @property
+    def attackers_text(self) -> str:
+        """The attackers as messages to clients name them: ``"0,3"``."""
+        return ",".join(map(str, self.attackers))
+
+    def _check_attackers(self) -> None:
+        """A row "under sign-flip" must not be one of honest clients: an attacker that doesn't exist attacks nobody."""
+        check(self.codec == "fp32", "attacks work on plain values: set grid.codec to fp32")
+        check(bool(self.attackers), "grid.attackers: name at least one, or leave out grid.attacks")
+        fewest = min(self.clients)
+        for number in self.attackers:
+            known = f"clients are numbered from 0 to {fewest - 1}" + (" at the least" if len(self.clients) > 1 else "")
+            check(0 <= number < fewest, f"grid.attackers names client {number}, but {known}")
 
 
 @dataclass(frozen=True)
@@ -172,6 +187,11 @@ class GridSettings:
             if spec not in self.grid.strategies:
                 raise ConfigError(f"tune-for: {spec!r} isn't in grid.strategies; {near(spec, self.grid.strategies)}")
             self.tune_of(spec, 0)
+        every, rounds = self.test.every, self.grid.rounds
+        check(
+            every >= rounds or rounds % every == 0,
+            f"grid.rounds = {rounds} must be a multiple of test.every = {every}, or the last round isn't measured",
+        )
         for partition in self.grid.partitions:
             for clients in self.grid.clients:
                 parse_partition(partition).check_clients(clients, len(self.data.owners))

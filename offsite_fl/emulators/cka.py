@@ -18,6 +18,7 @@ from offsite_fl.emulators.streams import Stream, TextBatch, merged, passing_thro
 from offsite_fl.errors import EmulatorError
 from offsite_fl.evaluation.loss import evaluating
 from offsite_fl.models.blocks import block_list
+from offsite_fl.models.caching import no_cache
 
 Pooling = Literal["mean", "max", "max_nonpad", "last", "mean_all", "mean_weighted"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
@@ -164,7 +165,7 @@ def _in_front_of(head: nn.Module, context: Context, inputs: Batch, hidden: Tenso
             head.register_forward_pre_hook(read, with_kwargs=True),
         ]
         try:
-            context.model(**moved, use_cache=False)
+            context.model(**moved, **no_cache(context.model))
         finally:
             for handle in handles:
                 handle.remove()

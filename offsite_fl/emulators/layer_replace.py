@@ -23,6 +23,7 @@ from offsite_fl.emulators.training import shuffled, training_bar
 from offsite_fl.emulators.training_state import Checkpoints, RunState, fingerprint
 from offsite_fl.errors import EmulatorError
 from offsite_fl.evaluation.objective import objective_of
+from offsite_fl.models.blocks import BlockList
 from offsite_fl.models.harmonizer import Harmonizer
 from offsite_fl.models.network import place_blocks
 
@@ -125,7 +126,7 @@ class ReplaceableNetwork:
 
     def use(self, kept: Tensor) -> None:
         """Run the blocks of ``kept`` (bool, in the order of ``positions``) and the harmonizers of the others."""
-        assert isinstance(self._stack, nn.ModuleList)
+        assert isinstance(self._stack, BlockList)
         for position, keep in zip(self.positions, kept.tolist(), strict=True):
             own, other = self._blocks[position], self.harmonizers[position]
             self._stack[self._places[position]] = own if keep else other

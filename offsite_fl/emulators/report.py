@@ -37,7 +37,8 @@ class EmulatorReport:
     are bytes but no parameters). ``middle_*`` are the same for the blocks that it stands for, ``full_*`` for the whole
     model. ``verbatim_share`` is the share of the full model's parameters that leave unchanged: adapter, everything
     outside the blocks, and the emulator tensors that equal the owner's. ``flops_share`` is forward FLOPs of the
-    emulated middle against the middle on one batch. ``hidden_error`` is ``||T - S||^2 / ||T||^2`` behind the middle
+    emulated middle against the middle on one batch; None without calibration data where the model's forward pass wants
+    more than the smallest batch has. ``hidden_error`` is ``||T - S||^2 / ||T||^2`` behind the middle
     (full model T, emulated S, padding left out), ``perplexity`` that of adapter + emulator, both on calibration text
     and None without (perplexity also where the model predicts no next token). ``seconds`` is what building took; None
     if nobody timed it. ``notes`` say what didn't come out as asked for, a missed budget for one.
@@ -50,7 +51,7 @@ class EmulatorReport:
     full_bytes: int
     full_parameters: int
     verbatim_share: float
-    flops_share: float
+    flops_share: float | None
     hidden_error: float | None
     perplexity: float | None
     seconds: float | None
@@ -87,7 +88,7 @@ def emulator_report(
         full_bytes=stored_bytes([context.model]),
         full_parameters=count_parameters([context.model]),
         verbatim_share=verbatim_share(emulator, context),
-        flops_share=flops_share(emulator, context),
+        flops_share=_flops_share(emulator, context),
         hidden_error=error,
         perplexity=perplexity,
         seconds=seconds,
@@ -154,11 +155,32 @@ def flops_share(emulator: Emulator, context: Context) -> float:
         # The state that enters block 0 serves for all: only its shape matters here.
         with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
             for position, block in places:
-                stream.through(working_copy(block, context.device), position)
+                stream.through(_frozen(working_copy(block, context.device)), position)
         return int(counter.get_total_flops())
 
     emulated = flops((position, emulator.at(position)) for position in emulator.positions)
     return emulated / flops((position, context.block(position)) for position in context.middle)
+
+
+def _flops_share(emulator: Emulator, context: Context) -> float | None:
+    """:func:`flops_share`; None without calibration data where the model doesn't take the batch made up for it."""
+    if context.calibration:
+        return flops_share(emulator, context)
+    try:
+        return flops_share(emulator, context)
+    except Exception:  # a forward pass that wants more than one input may fail in any way
+        return None
+
+
+def _frozen(block: nn.Module) -> nn.Module:
+    """``block`` with parameters of its own that need no gradient, on the same memory.
+
+    The counter follows gradients of what modules are called with, and there are none here (DBRX hands weights on).
+    """
+    for module in block.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(parameter.detach(), requires_grad=False))
+    return block
 
 
 def emulated_network(emulator: Emulator, context: Context) -> nn.Module:

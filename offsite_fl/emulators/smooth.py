@@ -57,8 +57,9 @@ class Smooth(BudgetedMethod):
       Resumes from ``workdir``.
 
     ``rank=budget`` leaves every linear the same share of its numbers, ``rank=energy`` lets each lose the same share of
-    its squared singular values; both meet the same budget. ``mlp=auto`` is d2 in mode prox and nuc in mode train;
-    ``lam``, where it isn't given, is 0.001 and 0.01.
+    its squared singular values; both meet the same budget. ``mlp=auto`` is nuc in mode train, and in mode prox what a
+    block allows: d2 where channels are found whose order is free (of a gated MLP as of two linears around a GELU, in
+    text and vision blocks alike), else nuc. ``lam``, where it isn't given, is 0.001 in mode prox and 0.01 in train.
     """
 
     mode: Literal["prox", "train"] = "prox"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from offsite_fl.emulators.base import Batch, Context, copy_structure
-from offsite_fl.models.blocks import block_list
+from offsite_fl.models.blocks import BlockList, block_list
 from offsite_fl.models.walk import BlockCall, call_block, capture_calls
 
 # Tokens in one pass: enough for matrix products at full speed, few enough for the widest activation of a large block.
@@ -99,7 +99,7 @@ def _kept(batch: Batch, hidden: Tensor | None) -> Tensor | None:
 
 
 @contextmanager
-def passing_through(blocks: nn.ModuleList) -> Iterator[None]:
+def passing_through(blocks: BlockList) -> Iterator[None]:
     """Blocks behind the first hand their input on, for the length of a ``with`` block.
 
     How a model calls its blocks doesn't depend on the hidden states, so capturing the calls needn't cost a forward

@@ -17,6 +17,7 @@ from offsite_fl.emulators.base import Batch, Context, Emulator
 from offsite_fl.errors import EmulatorError, ModelError
 from offsite_fl.evaluation.loss import evaluating
 from offsite_fl.evaluation.objective import objective_of
+from offsite_fl.models.caching import no_cache
 from offsite_fl.models.network import build_network, fill_network, place_blocks, plan_network, shared_tensors
 
 REDUCED = (torch.bfloat16, torch.float16)
@@ -99,7 +100,7 @@ class Student:
             if with_loss:
                 nats, tokens = objective_of(self.network).nll(self.network, batch)
             else:
-                self.network(**_inputs(batch), use_cache=False)
+                self.network(**_inputs(batch), **no_cache(self.network))
         return seen["h"], seen["s"], nats, tokens
 
 
@@ -130,7 +131,8 @@ class Teacher(Middle):
             raise _Reached
 
         with hooked(self.entry, entering, self.exit, leaving), evaluating(self.model), suppress(_Reached):
-            self.model(**{k: v.to(self.device) for k, v in _inputs(batch).items()}, use_cache=False)
+            moved = {k: v.to(self.device) for k, v in _inputs(batch).items()}
+            self.model(**moved, **no_cache(self.model))
         if "t" not in seen:
             raise ModelError(f"the forward pass of {type(self.model).__name__} didn't reach its last middle block")
         return seen["t"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -13,12 +13,15 @@ from offsite_fl.errors import ModelError
 from offsite_fl.models.overrides import BLOCK_PATHS
 from offsite_fl.models.probe import probe_batch
 
+# timm's plain vision transformers keep their blocks in a Sequential, which calls them one after the other.
+BlockList: TypeAlias = nn.ModuleList | nn.Sequential
+
 
 @dataclass(frozen=True)
 class Blocks:
     """Where a model keeps its repeated blocks.
 
-    ``path`` is that of the ``ModuleList`` inside the model as given, wrappers included (``"model.layers"``), ``depth``
+    ``path`` is that of the list inside the model as given, wrappers included (``"model.layers"``), ``depth``
     how many blocks it holds, ``cls`` the name of their class.
     """
 
@@ -56,6 +59,8 @@ def find_blocks(model: nn.Module) -> Blocks:
             return _describe(fitting[0], lists[fitting[0]])
     written = _in_decoder(model, lists) or list(lists)
     candidates = {path: lists[path] for path in written if _looks_repeated(lists[path])}
+    if not candidates:
+        candidates = {path: found for path, found in _sequences(model) if len(found) > 1 and _looks_repeated(found)}
     if len(candidates) > 1:
         walked = _walked(model, candidates)
         candidates = {path: candidates[path] for path in walked} if walked else candidates
@@ -71,29 +76,35 @@ def find_blocks(model: nn.Module) -> Blocks:
     )
 
 
-def block_list(model: nn.Module, blocks: Blocks) -> nn.ModuleList:
+def block_list(model: nn.Module, blocks: Blocks) -> BlockList:
     """Return the live list that ``blocks`` describes; ``ModelError`` if ``model`` isn't the one it was found in."""
-    try:
-        found = model.get_submodule(blocks.path)
-    except AttributeError:
-        found = None
-    if not isinstance(found, nn.ModuleList):
+    found = list_at(model, blocks.path)
+    if found is None:
         raise ModelError(f"{type(model).__name__} has no list of blocks at {blocks.path!r}")
     if len(found) != blocks.depth:
         raise ModelError(f"{blocks.path!r} holds {len(found)} blocks where {blocks.depth} were expected")
     return found
 
 
-def _outer_lists(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
-    """Yield the non-empty lists that lie in no other list, in order of registration."""
+def list_at(model: nn.Module, path: str) -> BlockList | None:
+    """The list of modules at ``path``; None if there is none."""
+    try:
+        found = model.get_submodule(path)
+    except AttributeError:
+        return None
+    return found if isinstance(found, BlockList) else None
+
+
+def _outer_lists(module: nn.Module, kinds: Any = nn.ModuleList) -> Iterator[tuple[str, BlockList]]:
+    """Yield the non-empty lists of ``kinds`` that lie in no other list, in order of registration."""
     seen: set[int] = set()
-    stack = [(path, module)]
+    stack = [("", module)]
     while stack:
         name, current = stack.pop()
         if id(current) in seen:
             continue
         seen.add(id(current))
-        if isinstance(current, nn.ModuleList):
+        if isinstance(current, kinds):
             if len(current):
                 yield name, current
             continue
@@ -101,7 +112,13 @@ def _outer_lists(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mo
         stack.extend(reversed(children))
 
 
-def _looks_repeated(blocks: nn.ModuleList) -> bool:
+def _sequences(model: nn.Module) -> list[tuple[str, nn.Sequential]]:
+    """The outermost Sequentials; one inside a list, as in a stage of a pyramid, is a part of what the list holds."""
+    every = _outer_lists(model, (nn.ModuleList, nn.Sequential))
+    return [(path, found) for path, found in every if isinstance(found, nn.Sequential)]
+
+
+def _looks_repeated(blocks: BlockList) -> bool:
     """Tell blocks from lists of mere layers: one class, made of parts, with at least two weight matrices."""
     first = blocks[0]
     matrices = sum(parameter.ndim >= 2 for parameter in first.parameters())
@@ -110,7 +127,7 @@ def _looks_repeated(blocks: nn.ModuleList) -> bool:
     return uniform and any(True for _ in first.children()) and matrices >= 2
 
 
-def _all_differ(blocks: nn.ModuleList) -> bool:
+def _all_differ(blocks: BlockList) -> bool:
     """Whether no two of three or more blocks have tensors of the same shapes: the stages of a pyramid, not a stack."""
     shapes = {tuple((n, t.shape) for n, t in block.state_dict(keep_vars=True).items()) for block in blocks}
     return 2 < len(blocks) == len(shapes)
@@ -125,17 +142,17 @@ def _model_type(model: nn.Module) -> str:
     return ""
 
 
-def _describe(path: str, blocks: nn.ModuleList) -> Blocks:
+def _describe(path: str, blocks: BlockList) -> Blocks:
     return Blocks(path, len(blocks), type(blocks[0]).__name__)
 
 
-def _classes(blocks: nn.ModuleList) -> str:
+def _classes(blocks: BlockList) -> str:
     names = [type(block).__name__ for block in blocks]
     said = " + ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
     return f"{said}, no two of the same shapes" if _all_differ(blocks) else said
 
 
-def _in_decoder(model: nn.Module, lists: dict[str, nn.ModuleList]) -> list[str]:
+def _in_decoder(model: nn.Module, lists: dict[str, BlockList]) -> list[str]:
     """Return the lists that lie in the decoder of the outermost model that names one; [] if none does."""
     for module in model.modules():
         getter = getattr(module, "get_decoder", None)
@@ -146,7 +163,7 @@ def _in_decoder(model: nn.Module, lists: dict[str, nn.ModuleList]) -> list[str]:
     return []
 
 
-def _walked(model: nn.Module, candidates: dict[str, nn.ModuleList]) -> list[str]:
+def _walked(model: nn.Module, candidates: dict[str, BlockList]) -> list[str]:
     """Return the candidates whose blocks a small forward pass calls once each, in order; [] if it can't run."""
     if any(tensor.is_meta for tensor in model.parameters()):
         return []  # masks are built with Tensor.item(), which meta tensors don't have

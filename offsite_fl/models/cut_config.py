@@ -13,9 +13,17 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from offsite_fl.errors import ModelError
-from offsite_fl.models.blocks import Blocks
+from offsite_fl.models.blocks import Blocks, list_at
 from offsite_fl.models.outside import outside_blocks
-from offsite_fl.models.overrides import DERIVED, INDEX_DEPENDENT_FLAGS, INDEX_LISTS, LEADING_COUNTS, SECOND_DEPTHS
+from offsite_fl.models.overrides import (
+    DEPTH_TABLES,
+    DERIVED,
+    INDEX_DEPENDENT_FLAGS,
+    INDEX_LISTS,
+    INDEX_TABLES,
+    LEADING_COUNTS,
+    SECOND_DEPTHS,
+)
 from offsite_fl.models.tasks import build_model, classes_for
 
 # Never part of a plan: where the model came from, and switches that make transformers fetch or run foreign code.
@@ -27,6 +35,11 @@ FORBIDDEN_CONFIG_KEYS = frozenset(
         "attn_implementation",
         "experts_implementation",
         "custom_pipelines",
+        # What timm's factory takes among a model's arguments besides those of the model itself.
+        "cache_dir",
+        "checkpoint_path",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
     }
 )
 _LEFT_OUT = FORBIDDEN_CONFIG_KEYS | {"transformers_version", "architectures", "dtype", "torch_dtype", *DERIVED}
@@ -37,11 +50,13 @@ class DepthKey:
     """The entry of a config that says how many blocks there are: its name, and the way to the config that holds it.
 
     ``lists`` says whether lists of that length beside it have one entry a block (in LED they are the encoder's).
+    ``table`` is the dictionary in that config that has the entry, or needn't have it (timm's ``model_args``).
     """
 
     name: str
     inside: tuple[str, ...] = ()
     lists: bool = True
+    table: str = ""
 
     def holder(self, config: PretrainedConfig) -> Any:
         """The part of ``config`` that holds the entry."""
@@ -51,7 +66,7 @@ class DepthKey:
 
     def __str__(self) -> str:
         """Dotted, as in ``text_config.num_hidden_layers``."""
-        return ".".join((*self.inside, self.name))
+        return ".".join((*self.inside, *((self.table,) if self.table else ()), self.name))
 
 
 _FOUND: weakref.WeakKeyDictionary[nn.Module, tuple[Blocks, DepthKey]] = weakref.WeakKeyDictionary()
@@ -119,10 +134,10 @@ def _wrong_with(model: nn.Module, config: PretrainedConfig, blocks: Blocks, key:
     try:
         with torch.device("meta"):
             trial = build_model(task, _with_blocks(config, key, blocks.depth, sources))
-        stack = trial.get_submodule(blocks.path)
+        stack = list_at(trial, blocks.path)
     except Exception as error:  # a number that isn't the depth can break a constructor in any way
         return (str(error).strip() or type(error).__name__).splitlines()[0]
-    if not isinstance(stack, nn.ModuleList) or len(stack) != count:
+    if stack is None or len(stack) != count:
         return f"{blocks.path} stays as it is"
     outside = {name: t.shape for name, t in outside_blocks(model, blocks.path).items()}
     others = {name: t.shape for name, t in outside_blocks(trial, blocks.path).items()}
@@ -136,11 +151,17 @@ def _candidates(model: nn.Module, config: PretrainedConfig, blocks: Blocks) -> l
     ranked: list[tuple[tuple[bool, bool, bool], DepthKey]] = []
     for inside, part in _parts(config):
         for name, value in part.to_dict().items():
-            if type(value) is int and value == blocks.depth and isinstance(getattr(part, name, None), int):
+            if type(value) is int and value == blocks.depth and isinstance(vars(part).get(name), int):
                 usual = name in ("num_hidden_layers", "n_layer")
                 layers = any(word in name for word in ("layer", "block", "depth"))
                 ranked.append(((part is not near, not usual, not layers), DepthKey(name, inside)))
-    return [key for _, key in sorted(ranked, key=lambda pair: pair[0])]
+    told = [DepthKey(entry, (), False, table) for table, entry in _depth_tables(config)]
+    return told + [key for _, key in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def _depth_tables(config: PretrainedConfig) -> list[tuple[str, str]]:
+    """Where :data:`DEPTH_TABLES` says that the depth of such a model is set."""
+    return [DEPTH_TABLES[config.model_type]] if config.model_type in DEPTH_TABLES else []
 
 
 def _nearest_config(model: nn.Module, blocks: Blocks) -> Any:
@@ -166,9 +187,13 @@ def _parts(
 def _with_blocks(config: PretrainedConfig, key: DepthKey, depth: int, sources: Sequence[int]) -> Any:
     """A copy of ``config`` for blocks like those at ``sources`` of ``depth``."""
     plain = config.to_dict()
+    _with_tables(plain, key, sources)
     cut = type(config).from_dict({k: v for k, v in plain.items() if k not in FORBIDDEN_CONFIG_KEYS})
     holder = key.holder(cut)
     values = holder.to_dict()
+    if key.table:
+        setattr(holder, key.table, {**(values.get(key.table) or {}), key.name: len(sources)})
+        return cut
     setattr(holder, key.name, len(sources))
     for name, value in values.items():
         if name in INDEX_LISTS and isinstance(value, (list, tuple)):
@@ -180,6 +205,16 @@ def _with_blocks(config: PretrainedConfig, key: DepthKey, depth: int, sources: S
         elif name in SECOND_DEPTHS:
             setattr(holder, name, len(sources))
     return cut
+
+
+def _with_tables(plain: dict[str, Any], key: DepthKey, sources: Sequence[int]) -> None:
+    """Give the tables of :data:`INDEX_TABLES` in ``plain`` the indices that the blocks have in the cut network."""
+    for name in key.inside:
+        plain = plain[name]
+    for name in INDEX_TABLES:
+        table = {str(index): entry for index, entry in (plain.get(name) or {}).items()}
+        if table:
+            plain[name] = {str(new): table[str(old)] for new, old in enumerate(sources) if str(old) in table}
 
 
 def _cleaned(value: Any) -> Any:

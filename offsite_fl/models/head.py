@@ -13,6 +13,7 @@ from torch import nn
 
 from offsite_fl.errors import ModelError
 from offsite_fl.models.outside import outside_blocks
+from offsite_fl.models.overrides import HEADS
 from offsite_fl.models.tasks import CLASSIFICATION
 from offsite_fl.registry import near
 
@@ -61,7 +62,9 @@ def choose_head(model: nn.Module, blocks_path: str, task: str, head: Head = "aut
 def _outside_base(model: nn.Module, blocks_path: str) -> tuple[str, ...]:
     base = f"{getattr(model, 'base_model_prefix', '')}."
     free = _free_parameters(model, blocks_path)
-    names = tuple(name for name in free if not name.startswith(base))
+    named = HEADS.get(getattr(getattr(model, "config", None), "model_type", ""), ())
+    own = tuple(f"{path}." for path in named)
+    names = tuple(name for name in free if (name.startswith(own) if own else not name.startswith(base)))
     if not names or len(names) == len(free):
         raise ModelError(
             f"{type(model).__name__} has no head outside its base model {base[:-1]!r} that could be trained: give "
@@ -96,6 +99,11 @@ def check_head(model: nn.Module, blocks_path: str, head: Sequence[str]) -> None:
 def head_parameters(model: nn.Module, head: Sequence[str]) -> dict[str, nn.Parameter]:
     """``adapter.head.{path}`` to the live parameter, for each path of ``head``."""
     return {HEAD + path: model.get_parameter(path) for path in head}
+
+
+def by_slot_names(model: nn.Module, head: Sequence[str]) -> dict[str, nn.Parameter]:
+    """All parameters of a model that is tuned whole, those of the ``head`` under slot names, by which go their rates."""
+    return {HEAD + name if name in head else name: p for name, p in model.named_parameters()}
 
 
 def slot_of_outside(path: str, head: Sequence[str]) -> str:

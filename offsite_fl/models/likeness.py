@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -36,8 +37,7 @@ def check_alike(model: nn.Module, blocks: Blocks, network: nn.Module, sources: S
                 f"{tuple(tensor.shape)} in what a client would build from it; write the config anew or load the model "
                 "with it"
             )
-    built = network.get_submodule(blocks.path)
-    assert isinstance(built, nn.ModuleList)
+    built = block_list(network, replace(blocks, depth=len(sources)))
     own = block_list(model, blocks)
     for place, source in enumerate(sources):
         difference = next(_differences(own[source], built[place], source, place), None)

@@ -10,6 +10,7 @@ and ``shared.{path}`` for everything else.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,18 +21,21 @@ from torch import nn
 from transformers import AutoConfig
 
 from offsite_fl.errors import ModelError
-from offsite_fl.models.blocks import Blocks, block_list
+from offsite_fl.models.blocks import BlockList, Blocks, block_list
+from offsite_fl.models.caching import has_cache
 from offsite_fl.models.cut_config import FORBIDDEN_CONFIG_KEYS, cut_config
 from offsite_fl.models.head import check_head, head_parameters, read_head, slot_of_outside
 from offsite_fl.models.likeness import check_alike
 from offsite_fl.models.linears import QuantizedLinear, apply_linears, describe_linears
 from offsite_fl.models.outside import outside_blocks
+from offsite_fl.models.overrides import DEPTH_TABLES, NAMES_ALONE
 from offsite_fl.models.tasks import TASKS, build_model, check_task, task_of
 from offsite_fl.registry import near
 
 MAX_PLACES = 4096
 MAX_BUFFER_BYTES = 2**30
 MAX_CONFIG_NUMBER = 2**40
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,8 @@ def _check_config(config: Any, where: str = "config") -> None:
             raise ModelError(f"network plan: {where} may not carry {key!r}")
         if isinstance(value, dict):
             _check_config(value, f"{where}.{key}")
+        elif key in NAMES_ALONE and isinstance(value, str) and not PLAIN_NAME.fullmatch(value):
+            raise ModelError(f"network plan: {where}.{key} = {value!r} must be a plain name, no address or path")
         elif isinstance(value, (int, float)) and abs(value) > MAX_CONFIG_NUMBER:
             raise ModelError(f"network plan: {where}.{key} = {value} is absurdly large")
 
@@ -200,12 +206,14 @@ def _bare(plan: NetworkPlan) -> nn.Module:
     """The network of ``plan`` with the blocks that its config makes."""
     values = {k: v for k, v in plan.config.items() if k != "model_type"}
     try:
-        config = AutoConfig.for_model(plan.config["model_type"], **values)
+        # By its own reading of files, which may know names that its constructor doesn't (timm's classes).
+        config = type(AutoConfig.for_model(plan.config["model_type"])).from_dict(values)
         for key, value in values.items():  # T5's config doesn't take every tie_word_embeddings that it is given
-            if isinstance(value, (bool, int, float, str)) and getattr(config, key, value) != value:
+            if isinstance(value, (bool, int, float, str)) and vars(config).get(key, value) != value:
                 setattr(config, key, value)
-        config.use_cache = False
-        depth = getattr(config, "num_hidden_layers", len(plan.layout))
+        if has_cache(config):
+            config.use_cache = False
+        depth = _told_depth(config, len(plan.layout))
         # Before building: a foreign config mustn't make millions of blocks. Of two stacks the config tells one only.
         if depth != len(plan.layout) and depth > MAX_PLACES:
             raise ModelError(f"network plan: the config makes {depth} blocks, the layout has {len(plan.layout)}")
@@ -220,6 +228,13 @@ def _bare(plan: NetworkPlan) -> nn.Module:
     if len(blocks) != len(plan.layout):
         raise ModelError(f"network plan: the config makes {len(blocks)} blocks, the layout has {len(plan.layout)}")
     return network
+
+
+def _told_depth(config: Any, expected: int) -> int:
+    """How many blocks a config says there are; ``expected`` where it doesn't say it in a usual place."""
+    table, entry = DEPTH_TABLES.get(config.model_type, ("", ""))
+    told = (getattr(config, table, None) or {}).get(entry) if table else getattr(config, "num_hidden_layers", expected)
+    return told if isinstance(told, int) else expected
 
 
 def _built(plan: NetworkPlan, config: Any) -> nn.Module:
@@ -247,12 +262,12 @@ def _skeleton(plan: NetworkPlan) -> nn.Module:
     return network
 
 
-def _network_blocks(network: nn.Module, plan: NetworkPlan) -> nn.ModuleList:
+def _network_blocks(network: nn.Module, plan: NetworkPlan) -> BlockList:
     try:
         found = network.get_submodule(plan.blocks_path)
     except AttributeError as error:
         raise ModelError(f"network plan: {type(network).__name__} has no {plan.blocks_path!r}") from error
-    if not isinstance(found, nn.ModuleList):
+    if not isinstance(found, BlockList):
         raise ModelError(f"network plan: {plan.blocks_path!r} isn't a list of blocks")
     return found
 

@@ -7,10 +7,22 @@ from __future__ import annotations
 BLOCK_PATHS: dict[str, str] = {
     "jamba": "model.layers",
 }
+# Families whose config needn't hold the depth: the dictionary in it, and the entry there by which a client sets it.
+DEPTH_TABLES: dict[str, tuple[str, str]] = {
+    "timm_wrapper": ("model_args", "depth"),
+}
+# Families whose base model holds the classifier too: the modules, of which a model may have some, that are its head.
+HEADS: dict[str, tuple[str, ...]] = {
+    "timm_wrapper": ("timm_model.head", "timm_model.head_dist"),
+}
+# Entries that a library may take for an address of a model ("hf-hub:owner/name"): foreign data may have plain names.
+NAMES_ALONE = ("architecture", "backbone")
 # Flags that tie a block's function to its absolute index, which a client doesn't have.
 INDEX_DEPENDENT_FLAGS = ("scale_attn_by_inverse_layer_idx",)
 # Entries that list the indices of some blocks; in a cut network they name the places that these blocks have there.
 INDEX_LISTS = ("mlp_only_layers", "attn_layer_indices")
+# Entries that give some blocks settings of their own, under their indices.
+INDEX_TABLES = ("per_layer_config",)
 # Entries that say how many blocks at the front are of another kind.
 LEADING_COUNTS = ("first_k_dense_replace",)
 # Counts that say how deep the full model is and that nothing reads where layer_types has an entry for each block.

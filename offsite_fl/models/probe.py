@@ -20,7 +20,7 @@ def probe_batch(model: nn.Module, length: int = 4, rows: int = 1) -> dict[str, T
     tokens = torch.zeros(rows, length, dtype=torch.int64, device=device)
     batch = {name: tokens}
     if name == "pixel_values":
-        batch[name] = torch.zeros(rows, int(getattr(config, "num_channels", 3)), *_image_size(config), device=device)
+        batch[name] = torch.zeros(rows, int(getattr(config, "num_channels", 3)), *_image_size(model), device=device)
     elif name == "input_features":
         frames = 2 * int(getattr(config, "max_source_positions", length))
         batch[name] = torch.zeros(rows, int(getattr(config, "num_mel_bins", 80)), frames, device=device)
@@ -33,8 +33,10 @@ def probe_batch(model: nn.Module, length: int = 4, rows: int = 1) -> dict[str, T
     return batch
 
 
-def _image_size(config: Any) -> tuple[int, int]:
-    size = getattr(config, "image_size", None) or 224
+def _image_size(model: nn.Module) -> tuple[int, int]:
+    """Height and width by the config, else by the module that cuts images into patches (timm's), else 224."""
+    said = (getattr(part, "img_size", None) for part in model.modules())
+    size: Any = getattr(getattr(model, "config", None), "image_size", None) or next(filter(None, said), 224)
     if isinstance(size, (list, tuple)):
         return int(size[0]), int(size[-1])
     return int(size), int(size)

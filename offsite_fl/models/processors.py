@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto import image_processing_auto
+from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
 from offsite_fl.errors import ModelError
+from offsite_fl.models.timm_pixels import processor_of_timm
 
 Processor: TypeAlias = PreTrainedTokenizerBase | BaseImageProcessor
 TYPE_KEY = "image_processor_type"
@@ -27,9 +30,27 @@ def open_processor(source: str, task: str, **options: Any) -> Processor:
         found = auto.from_pretrained(source, backend="pil", trust_remote_code=False, **options)
         if not isinstance(found, BaseImageProcessor):
             raise ValueError(f"{type(found).__name__} is no image processor of transformers")
-        return found
+        return on_pil(found)
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
     return tokenizer
+
+
+def on_pil(processor: Processor) -> Processor:
+    """``processor``, or the same one on PIL and NumPy where it works by torchvision.
+
+    torchvision resizes to other numbers, and with it installed transformers takes it by default: of two parties with
+    and without it each would see other pixels. ``ModelError`` if there is no such form.
+    """
+    if isinstance(processor, TimmWrapperImageProcessor):
+        return processor_of_timm(processor.data_config)
+    if not isinstance(processor, TorchvisionBackend):
+        return processor
+    name = type(processor).__name__.removesuffix("Fast")
+    found = image_processing_auto.get_image_processor_class_from_name(f"{name}Pil")
+    if not isinstance(found, type) or not issubclass(found, PilBackend):
+        raise ModelError(f"{name} works by torchvision alone, and other parties needn't have it: give one on PIL")
+    made: BaseImageProcessor = found.from_dict(processor.to_dict())
+    return made
 
 
 def check_processor(processor: object, task: str) -> None:

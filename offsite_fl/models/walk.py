@@ -11,6 +11,7 @@ from torch import nn
 
 from offsite_fl.errors import ModelError
 from offsite_fl.models.blocks import Blocks, block_list
+from offsite_fl.models.caching import no_cache
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def capture_calls(model: nn.Module, blocks: Blocks, batch: Mapping[str, torch.Te
     device = next(model.parameters()).device
     inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
     try:
-        model.eval()(**inputs, use_cache=False)
+        model.eval()(**inputs, **no_cache(model))
     except _AllSeen:
         return calls
     finally:

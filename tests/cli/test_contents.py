@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
 from offsite_fl.cli.contents import emulator_blocks, print_contents
@@ -28,3 +29,23 @@ def test_harmonizers_are_named() -> None:
     places = [[place.role, place.slot] for place in layout]
     print_contents(found | {"places": places, "emulator": blocks, "owner": None}, Console(file=out, width=160))
     assert "1 harmonizer in place of the block, rank 4; 1 int8, groups of 16" in out.getvalue()
+
+
+@pytest.mark.parametrize(("share", "said"), [(0.5, "50.0% of the middle's"), (None, "")])
+def test_forward_flops_that_could_not_be_counted_have_no_row(share: float | None, said: str) -> None:
+    report = {"bytes": 8, "middle_bytes": 16, "flops_share": share, "verbatim_share": 0.25, "notes": ()}
+    report |= {"hidden_error": None, "perplexity": None}
+    owner = {"emulator": "layer-drop:keep=1", "adapter": [0, 3], "split": "1-1", "report": report}
+    found = {"bundle": "b", "digest": "d", "kinds": {}, "bytes": 0, "share_of_full_model": None, "model_type": "llama"}
+    found |= {
+        "task": "causal-lm",
+        "head": [],
+        "processor": "tokenizer",
+        "places": [["adapter", 0]],
+        "emulator": [],
+        "owner": owner,
+    }
+    out = io.StringIO()
+    print_contents(found, Console(file=out, width=160))
+    assert "25.0% of the full model's parameters" in out.getvalue()
+    assert ("forward FLOPs" in out.getvalue()) == (share is not None) and said in out.getvalue()

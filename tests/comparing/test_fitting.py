@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from offsite_fl.comparing.fitting import check_strategies
+from offsite_fl.comparing.fitting import check_attacks, check_strategies
 from offsite_fl.comparing.settings import GridSettings
 from offsite_fl.errors import ConfigError
 from tests.comparing.conftest import grid_table
@@ -58,3 +60,26 @@ def test_what_can_not_be_is_said_with_the_strategys_name(
 )
 def test_what_can_be_passes(strategy: str, split: str, emulator: str, tune: dict[str, Any]) -> None:
     check_strategies(settings(strategy, split, emulator, **tune), 6)
+
+
+# Attacks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("attack", "said"), [("sing-flip", "did you mean 'sign-flip'"), ("scale:factr=3", "factor"), ("nan+", "empty part")]
+)
+def test_an_attack_that_nobody_can_carry_out_is_said_before_the_first_cell(attack: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_attacks(GridSettings.of(grid_table(attacks=["none", "sign-flip", attack])), Path.cwd())
+
+
+def test_the_package_of_attacks_is_looked_for_where_clients_look(tmp_path: Path) -> None:
+    own = tmp_path / "own_attacks_of_a_test.py"
+    own.write_text("class Threat:\n    @classmethod\n    def of(cls, config):\n        return config\n")
+    settings = GridSettings.of(grid_table(attacks=["mine"], **{"attack-package": own.stem}))
+    before = list(sys.path)
+    with pytest.raises(ConfigError, match=own.stem):
+        check_attacks(settings, tmp_path / "elsewhere")
+    check_attacks(settings, tmp_path)
+    check_attacks(GridSettings.of(grid_table(**{"attack-package": "no_such_package"})), tmp_path)  # nobody attacks
+    assert sys.path == before

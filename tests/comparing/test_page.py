@@ -8,10 +8,11 @@ from html.parser import HTMLParser
 
 import pytest
 
+from offsite_fl.comparing.cells import Arm
 from offsite_fl.comparing.page import render_comparison, sentence, verdict
 from offsite_fl.comparing.settings import GridSettings
 from offsite_fl.comparing.summary import Summary
-from tests.comparing.conftest import grid_table, whole_grid
+from tests.comparing.conftest import FEDADAM, FEDAVG, grid_table, measured, whole_grid
 
 HOSTILE = '<script>alert("x")</script>&\'$x$'
 
@@ -57,6 +58,15 @@ def test_hostile_names_are_text() -> None:
     assert "script" not in parser.seen and "&lt;script&gt;" in text
 
 
+@pytest.mark.parametrize(("count", "said"), [(8, None), (10, "those of the best 8 of 10")])
+def test_curves_that_are_left_out_are_counted(count: int, said: str | None) -> None:
+    names = [f"fedadam:eta={number}" for number in range(1, count + 1)]
+    settings = GridSettings.of(grid_table(strategies=names, partitions=["iid"], seeds=[0]))
+    cells = [measured(Arm("strategy", name, "layer-drop:keep=2"), 3 + i / 10) for i, name in enumerate(names)]
+    text = page(settings, cells)
+    assert ("The curves are" in text) == (said is not None) and (said or "") in text
+
+
 def test_nothing_measured_is_a_page_too(settings: GridSettings) -> None:
     assert "Nothing measured yet" in page(settings, [])
 
@@ -64,8 +74,6 @@ def test_nothing_measured_is_a_page_too(settings: GridSettings) -> None:
 @pytest.mark.parametrize(("seeds", "word"), [([0], "too few pairs to tell"), ([0, 1, 2, 3], "clear")])
 def test_the_verdict_knows_when_there_are_too_few_pairs(seeds: list[int], word: str) -> None:
     settings = GridSettings.of(grid_table(seeds=seeds, partitions=["iid", "natural"]))
-    from tests.comparing.conftest import FEDADAM, FEDAVG, measured
-
     cells = [
         measured(arm, loss, partition=partition, seed=seed)
         for seed in seeds

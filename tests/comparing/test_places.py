@@ -68,6 +68,12 @@ def test_what_they_do_not_depend_on_is_not(part: str, key: str, value: Any) -> N
     assert places(changed(part, key, value)).key(CELL) == places().key(CELL)
 
 
+@pytest.mark.parametrize(("key", "value"), [("attackers", [1]), ("attack-package", "mine")])
+def test_under_an_attack_they_depend_on_who_carries_out_whose(key: str, value: Any) -> None:
+    cell = dataclasses.replace(CELL, condition=Condition("iid", 2, 1.0, "nan"))
+    assert places(changed("grid", key, value)).key(cell) != places().key(cell)
+
+
 def test_keys_of_a_grid_are_distinct_and_wording_does_not_count() -> None:
     here = places()
     keys = [here.key(cell) for cell in cells(here.settings)]

@@ -46,6 +46,13 @@ def test_a_strategy_may_tune_otherwise() -> None:
         ({"rounds": 0}, "rounds must be at least 1"),
         ({"codec": "fp33"}, "did you mean 'fp32'"),
         ({"attacks": ["sign-flip"], "codec": "int8"}, "fp32"),
+        ({"attacks": ["nan"], "attackers": [2]}, "attackers names client 2, but clients are numbered from 0 to 1"),
+        ({"attacks": ["nan"], "attackers": [-1]}, "attackers names client -1"),
+        ({"attacks": ["nan"], "attackers": []}, "attackers: name at least one"),
+        (
+            {"attacks": ["nan"], "attackers": [2], "clients": [3, 2], "partitions": ["iid"]},
+            "names client 2, but clients are numbered from 0 to 1 at the least",
+        ),
         ({"round": 3}, "did you mean 'rounds'"),
     ],
 )
@@ -64,11 +71,18 @@ def test_mistakes_in_the_axes(axes: dict[str, Any], said: str) -> None:
         ("data", {"owners": ["a"], "folder": "x", "corpus": "y"}, "exactly one of them"),
         ("model", {"split": "2-2"}, "model.path.* is missing"),
         ("test", {"tokens": 0}, "test.tokens"),
+        ("grid", grid_table(rounds=5)["grid"], "rounds = 5 must be a multiple of test.every = 2"),
     ],
 )
 def test_mistakes_in_the_other_parts(part: str, value: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        GridSettings.of(grid_table() | {part: value})
+        GridSettings.of(grid_table() | {"test": {"every": 2}} | {part: value})
+
+
+def test_a_last_round_that_is_measured_is_all_that_every_must_give() -> None:
+    """Otherwise the plug-in of an earlier round would stand beside the bytes and references of all rounds."""
+    for rounds, every in ((4, 2), (3, 1), (2, 5)):
+        assert GridSettings.of(grid_table(rounds=rounds) | {"test": {"every": every}}).test.every == every
 
 
 def test_a_part_that_is_needed_is_missing() -> None:

@@ -1,4 +1,4 @@
-"""A tiny grid by the command line: measured once, then the same command does nothing."""
+"""Tiny grids by the command line: measured once, then the same command does nothing; other axes, side by side."""
 
 from __future__ import annotations
 
@@ -43,3 +43,33 @@ def test_a_grid_is_measured_once_and_the_second_time_nothing_runs(ground: Path) 
     again = compare(ground)
     assert again.returncode == 0 and json.loads(again.stdout)["standings"] == table["standings"]
     assert (ground / "out" / "cells.jsonl").read_text().splitlines() == lines
+
+
+ATTACK = "sign-flip+scale:factor=20"
+AXES = f"""rounds = 1
+fractions = [0.5, 1.0]
+attacks = ["none", "{ATTACK}"]
+attackers = [1]
+"""
+
+
+def test_attacks_and_fractions_in_two_flower_runs_side_by_side(ground: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(
+        "PYTHONPATH", str(Path(__file__).parents[2])
+    )  # where the attacks are; the command runs elsewhere
+    write_model(ground / "model")
+    write_data(ground / "data")
+    write_grid(ground, ["fedavg"], "1-1", rounds=1, more="[baselines]\nrun = []\n")
+    grid = ground / "grid.toml"
+    grid.write_text(grid.read_text().replace("rounds = 1\n", AXES))
+    done = compare(ground, "--parallel", "2")
+    assert done.returncode == 0, done.stderr
+    table = json.loads(done.stdout)
+    assert table["missing"] == 0 and not table["failed"], table["failed"]
+    assert {path.name for path in (ground / "out" / "work").glob("run-*.log")} == {"run-0.log", "run-1.log"}
+    lines = map(json.loads, (ground / "out" / "cells.jsonl").read_text().splitlines())
+    cells = {(line["fraction"], line["attack"]): line for line in lines}
+    assert len(cells) == 4
+    assert [len(cells[share, ""]["rounds"][1]["clients"]) for share in (0.5, 1.0)] == [1, len(OWNERS)]
+    honest, attacked = (cells[1.0, attack]["rounds"][1]["plug_in"]["loss"] for attack in ("", ATTACK))
+    assert attacked > honest + 0.1

@@ -16,8 +16,10 @@ from offsite_fl.emulators.low_rank import LowRank
 from offsite_fl.emulators.reorder import smooth_order
 from offsite_fl.emulators.smooth import Smooth
 from offsite_fl.errors import EmulatorError
-from offsite_fl.models.linears import LowRankLinear, linear_weight
+from offsite_fl.models.linears import LowRankLinear, linear_bias, linear_weight
 from tests.emulators.test_penalties import difference_matrix
+from tests.models import families
+from tests.pico_classifiers import make_classifier
 
 from .conftest import logits
 
@@ -66,6 +68,38 @@ def test_nuclear_norm_and_differences_by_hand(pico_llama: nn.Module, context_of:
             moved = (u * (s - lam * weight.norm()).clamp(min=0)) @ vt
         assert isinstance(new, LowRankLinear)
         assert_close(product(new), truncated(moved, new.rank), rtol=1e-4, atol=1e-5)
+
+
+def test_by_default_a_vision_block_is_smoothed_along_its_mlps_channels(context_of: MakeContext) -> None:
+    """Two linears around a GELU: the first by d2 in a new order, its bias too, the second and attention by nuc."""
+    context = context_of(make_classifier("vit"), adapter=(0, 4), calibration=())
+    lam, block = 0.02, context.block(2)
+    built = Smooth(0.5, lam=lam).compress(start(context), context).at(2)
+    order = smooth_order(linear_weight(block.get_submodule("mlp.fc1")).detach())
+    assert order.tolist() != sorted(order.tolist())
+    differences = difference_matrix(24, 2)
+    smoothing = torch.linalg.inv(torch.eye(24) + 2 * lam * differences.T @ differences)
+    for path, linear in dense_linears(block):
+        weight = linear_weight(linear).detach().double()
+        if path == "mlp.fc1":
+            moved = smoothing @ weight[order]
+        else:
+            weight = weight[:, order] if path == "mlp.fc2" else weight
+            u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+            moved = (u * (s - lam * weight.norm()).clamp(min=0)) @ vt
+        new = built.get_submodule(path)
+        assert isinstance(new, LowRankLinear)
+        assert_close(product(new), truncated(moved, new.rank), rtol=1e-4, atol=1e-5)
+    assert_close(linear_bias(built.get_submodule("mlp.fc1")), linear_bias(block.get_submodule("mlp.fc1"))[order])  # type: ignore[index]
+
+
+def test_by_default_a_block_without_free_channels_gets_the_nuclear_norm(context_of: MakeContext) -> None:
+    """Of Mamba's mixer no channels can change places, and the note says so."""
+    context = context_of(families.build("mamba"), calibration=())
+    default, nuclear = (Smooth(0.5, mlp=mlp).compress(start(context), context) for mlp in ("auto", "nuc"))  # type: ignore[arg-type]
+    for ours, theirs in zip(default.blocks, nuclear.blocks, strict=True):
+        assert_close(ours.module.state_dict(), theirs.module.state_dict(), rtol=0, atol=0)
+    assert any("no MLP channels whose order is free in 4 of 4 blocks" in note for note in default.notes)
 
 
 def test_along_inputs(pico_llama: nn.Module, context_of: MakeContext) -> None:

@@ -219,8 +219,9 @@ def handing_on(model: nn.Module, places: tuple[int, ...]) -> Iterator[None]:
 
 
 def output_of(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """What the model says of ``batch``: logits, or the last hidden state of one without a head."""
+    """What the model says of ``batch``: logits, the last hidden state of one without a head, or CLIP's products."""
     output = model(**batch)
-    result = output.logits if hasattr(output, "logits") else output.last_hidden_state
+    names = ("logits", "last_hidden_state", "logits_per_text")
+    result = next(getattr(output, name) for name in names if hasattr(output, name))
     assert isinstance(result, torch.Tensor)
     return result

@@ -149,3 +149,31 @@ def test_block_list_of_another_model() -> None:
         block_list(nn.Linear(2, 2), blocks)
     with pytest.raises(ModelError, match="has no list of blocks at 'embed'"):
         block_list(Net(depth=3), Blocks("embed", 3, "Block"))
+
+
+class Chain(nn.Module):
+    """Runs its blocks through a Sequential, as timm's vision transformers do; ``stages`` puts them into a list."""
+
+    def __init__(self, depth: int, stages: int = 0) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+        self.blocks = nn.Sequential(*(Block() for _ in range(depth)))
+        self.stages = nn.ModuleList([nn.Sequential(*(Block() for _ in range(3 + i))) for i in range(stages)])
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.blocks(self.stem(hidden))
+        return out
+
+
+def test_blocks_in_a_sequential_count_where_no_list_does() -> None:
+    model = Chain(depth=4)
+    assert find_blocks(model) == Blocks("blocks", 4, "Block")
+    assert block_list(model, find_blocks(model)) is model.blocks
+    model.layers = nn.ModuleList([Block() for _ in range(3)])
+    assert find_blocks(model).path == "layers"  # a list that fits comes first, shorter or not
+
+
+@pytest.mark.parametrize("model", [Chain(depth=1), Chain(depth=0, stages=3)])
+def test_one_block_or_the_stages_of_a_pyramid_are_no_sequential_of_blocks(model: nn.Module) -> None:
+    with pytest.raises(ModelError, match="no list of repeated blocks"):
+        find_blocks(model)

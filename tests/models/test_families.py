@@ -264,28 +264,6 @@ def test_a_first_block_unlike_the_others_stays_first(name: str, there: str) -> N
     plan_network(model, blocks, (4, 5), {0: 0, 3: 1}, [stack[0], stack[3]], (0, 3))
 
 
-SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 2]}
-PYRAMID = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 24, 32], "image_size": 32}
-ENCODER = FAMILIES["bert"].config | {"vocab_size": 64}
-
-
-@pytest.mark.parametrize(
-    ("kind", "task", "config", "words"),
-    [
-        ("swin", "image-classification", SWIN | {"window_size": 2}, "no two of the same shapes"),
-        ("convnext", "image-classification", PYRAMID | {"num_stages": 4}, "no two of the same shapes"),
-        ("esm", "masked-lm", ENCODER | {"token_dropout": False}, "contact_head.regression.weight changes with it"),
-        ("albert", "sequence-classification", ENCODER | {"embedding_size": 8}, r"1 block\(s\) can't be split"),
-    ],
-)
-def test_what_cannot_work_says_so_first(kind: str, task: str, config: dict[str, Any], words: str) -> None:
-    from transformers import AutoConfig
-
-    model = build_model(task, AutoConfig.for_model(kind, **config))
-    with pytest.raises(OffsiteError, match=words):
-        ModelOwner(model, make_tokenizer(), Split(first=1, last=1))
-
-
 class Linear8bitLt(nn.Linear):
     """Named like bitsandbytes' layer, which isn't installed."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -25,6 +27,14 @@ def test_shapes_by_hand() -> None:
     assert both["input_ids"].tolist() == [[0, 1, 2]] and both["decoder_input_ids"].tolist() == [[0, 0, 0]]
     plain = probe_batch(nn.Linear(2, 2))
     assert plain["input_ids"].tolist() == [[0, 0, 0, 0]] and len(plain) == 1
+
+
+def test_a_size_that_no_config_says_is_that_of_the_patches() -> None:
+    model: Any = nn.Module()
+    model.main_input_name, model.patches = "pixel_values", nn.Linear(2, 2)
+    assert probe_batch(model)["pixel_values"].shape == (1, 3, 224, 224)
+    model.patches.img_size = (16, 24)
+    assert probe_batch(model)["pixel_values"].shape == (1, 3, 16, 24)
 
 
 def test_sound() -> None:
