@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from datasets import Dataset  # type: ignore[import-untyped,unused-ignore]
 from torch import Tensor, nn
 
 from offsite_fl.choosing.results import RateTried
-from offsite_fl.choosing.texts import Private
 from offsite_fl.config import TuneConfig
 from offsite_fl.data_owner import tune_adapter
 from offsite_fl.emulators import Context, Emulator
@@ -20,7 +20,7 @@ from offsite_fl.models.blocks import block_list
 from offsite_fl.models.network import adapter_parameters
 from offsite_fl.models.plug import adapter_tensors
 from offsite_fl.tuning.lora import merge_lora
-from offsite_fl.tuning.tune import TuneResult
+from offsite_fl.tuning.tune import TuneResult, planned_steps
 
 Values = Mapping[str, Tensor]
 
@@ -61,14 +61,19 @@ def best_rate(rates: Sequence[float], arm: Callable[[float], tuple[Values, TuneR
 
 
 def tuned_adapter(
-    emulator: Emulator, context: Context, private: Private, config: TuneConfig, pad_id: int
+    emulator: Emulator,
+    context: Context,
+    train: Dataset,
+    config: TuneConfig,
+    pad_id: int,
+    validation: Dataset | None = None,
 ) -> tuple[dict[str, Tensor], TuneResult]:
     """Tune the adapter, or LoRA factors inside it, on adapter + emulator, as a data owner does.
 
     Returns the adapter's full values with the factors merged, fp32 on the CPU by slot name, and what tuning tells.
     """
     network, plan = private_network(emulator, context)
-    done = tune_adapter(network, plan, private.train, config, validation=private.validation, pad_id=pad_id)
+    done = tune_adapter(network, plan, train, config, validation=validation, pad_id=pad_id)
     if config.lora is None:
         return dict(done.tensors), done
     stack = block_list(context.model, context.blocks)
@@ -88,9 +93,19 @@ def emulator_with(values: Values, emulator: Emulator, context: Context) -> nn.Mo
 
 def scaled(values: Values, context: Context, scale: float) -> dict[str, Tensor]:
     """``base + scale * (values - base)``, where ``base`` is the full model's adapter."""
-    base = adapter_tensors(context.model, context.blocks, context.adapter)
-    starts = {name: base[name].detach().float().cpu() for name in values}
-    return {name: start + scale * (values[name].float() - start) for name, start in starts.items()}
+    starts = untuned(context)
+    return {name: starts[name] + scale * (value.float() - starts[name]) for name, value in values.items()}
+
+
+def untuned(context: Context) -> dict[str, Tensor]:
+    """The full model's adapter and head by slot name, fp32 on the CPU."""
+    base = adapter_tensors(context.model, context.blocks, context.adapter, context.head)
+    return {name: parameter.detach().float().cpu() for name, parameter in base.items()}
+
+
+def on_public(config: TuneConfig, train: Dataset) -> TuneConfig:
+    """``config`` for the model owner who plays a data owner with ``train`` on public examples: as many steps."""
+    return replace(config, max_steps=planned_steps(len(train), config), validation_share=0.0, patience=None)
 
 
 def at_rate(config: TuneConfig, rate: float, seed: int) -> TuneConfig:

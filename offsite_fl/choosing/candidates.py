@@ -44,6 +44,11 @@ DEFAULTS: tuple[str, ...] = (
     QUICKSTART,
 )
 
+# The same for a classifier, without what names parts of a language model or needs its loss.
+CLASSIFIERS: tuple[str, ...] = tuple(
+    candidate for candidate in DEFAULTS if candidate != QUICKSTART and "loss-margin" not in candidate
+)
+
 
 def fill(candidate: str, budget: Budget) -> str:
     """The spec of a candidate, with the budget in its place.

@@ -17,10 +17,11 @@ from rich.text import Text
 from offsite_fl.bundle import fingerprint
 from offsite_fl.choosing.bench import Bench
 from offsite_fl.choosing.candidates import fill
+from offsite_fl.choosing.parts import Parts
 from offsite_fl.choosing.results import Cell, Role
 from offsite_fl.choosing.settings import Settings
 from offsite_fl.choosing.store import CellStore
-from offsite_fl.choosing.texts import Texts
+from offsite_fl.choosing.yardstick import Yardstick
 from offsite_fl.config import to_mapping
 from offsite_fl.emulators import EmulatorMethod, parse_emulator
 from offsite_fl.errors import OffsiteError
@@ -35,18 +36,18 @@ _NOT_IN_KEY = ("lr", "seed", "device", "progress", "validation-share")
 class Comparison:
     """All cells of one comparison, in the order in which they are measured."""
 
-    def __init__(self, owner: ModelOwner, settings: Settings, texts: Texts, out: Path, progress: bool = False) -> None:
+    def __init__(self, owner: ModelOwner, settings: Settings, parts: Parts, out: Path, progress: bool = False) -> None:
         self.owner, self.settings, self.out, self.progress = owner, settings, out, progress
-        self.tuned = texts.private is not None
-        self.bench = Bench(owner, settings, texts, progress)
+        self.tuned = parts.private is not None
+        self.bench = Bench(owner, settings, parts, progress)
         self.store = CellStore(out / "cells.jsonl")
         self._common = {
             "format": FORMAT,
             "model": fingerprint(owner.model.state_dict()),
             "split": str(owner.split),
-            "texts": texts.digests(),
+            "texts": parts.digests(),
             "tune": self._tuning() if self.tuned else None,
-        }
+        } | ({"head": owner.head} if owner.head else {})
 
     def _tuning(self) -> dict[str, Any]:
         kept = {k: v for k, v in to_mapping(self.settings.tune).items() if k not in _NOT_IN_KEY}
@@ -66,7 +67,7 @@ class Comparison:
                 self._say(f"[{number}/{len(plan)}] {spec}, seed {seed} ...", "bold")
                 cell = blank if error else self._measured(blank, method)
                 self.store.add(cell)
-                self._say(_outcome(cell), "dim")
+                self._say(_outcome(cell, self.settings.kind.judged_in), "dim")
                 if cell.error is None:
                     shutil.rmtree(self._workdir(cell), ignore_errors=True)
             # A key names the numbers, not the wording that asked for them.
@@ -87,6 +88,8 @@ class Comparison:
         rates: Sequence[float] = self.settings.full_rates if role == "full-fine-tuning" else self.settings.rates
         own = {"role": role, "method": repr(method) if method else spec, "seed": seed}
         own |= {"rates": rates if self.tuned else None}
+        if self.settings.repair and role == "candidate":
+            own["repair"] = True
         return hashlib.sha256(json.dumps(self._common | own, sort_keys=True).encode()).hexdigest()
 
     def _measured(self, blank: Cell, method: EmulatorMethod | None) -> Cell:
@@ -139,14 +142,14 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text if len(text) <= 300 else text[:297] + '...'}"
 
 
-def _outcome(cell: Cell) -> str:
+def _outcome(cell: Cell, by: Yardstick) -> str:
     """One line for whoever watches."""
     if cell.error is not None:
         return f"failed: {cell.error}"
     parts = [] if cell.public is None else [f"gradient cosine {cell.public.cosine:.3f}"]
-    if cell.tuned is not None:
-        tuned = cell.tuned
-        if tuned.emulator_tuned is not None and tuned.emulator_zero_shot is not None:
-            parts.append(f"emulator {tuned.emulator_zero_shot:.3f} -> {tuned.emulator_tuned:.3f}")
-        parts.append(f"full model {tuned.zero_shot:.3f} -> {tuned.plug_in:.3f} at lr {tuned.rate:g}")
+    found = None if cell.tuned is None else by.read(cell.tuned)
+    if cell.tuned is not None and found is not None:
+        if found.emulator_tuned is not None and found.emulator_zero_shot is not None:
+            parts.append(f"emulator {by.told(found.emulator_zero_shot)} -> {by.told(found.emulator_tuned)}")
+        parts.append(f"full model {by.told(found.zero_shot)} -> {by.told(found.plug_in)} at lr {cell.tuned.rate:g}")
     return ", ".join(parts)

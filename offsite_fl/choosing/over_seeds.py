@@ -43,6 +43,20 @@ def shown(given: OverSeeds | None) -> str:
     return f"{given.mean:.3f}" + ("" if given.std is None else f" ± {given.std:.3f}")
 
 
+def rate(given: OverSeeds | None) -> str:
+    """An accuracy for people: ``76.8%``, with several seeds ``76.8% ± 0.6``."""
+    return "" if given is None else f"{100 * given.mean:.1f}%" + _points_of(given.std)
+
+
+def points(given: OverSeeds | None) -> str:
+    """A difference of accuracies in percentage points: ``5.2``, with several seeds ``5.2 ± 0.6``."""
+    return "" if given is None else f"{100 * given.mean:.1f}" + _points_of(given.std)
+
+
+def _points_of(std: float | None) -> str:
+    return "" if std is None else f" ± {100 * std:.1f}"
+
+
 def percent(given: OverSeeds | None) -> str:
     """A share for people: ``55%``, with several seeds ``55% ± 3``."""
     if given is None or not math.isfinite(given.mean):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from offsite_fl.choosing import sections
 from offsite_fl.choosing.choice import Choice
 from offsite_fl.choosing.frontier import frontier
-from offsite_fl.choosing.over_seeds import OverSeeds, part, shown
+from offsite_fl.choosing.over_seeds import OverSeeds, part
 from offsite_fl.choosing.standing import Standing
+from offsite_fl.choosing.yardstick import Yardstick
 from offsite_fl.evaluation import plots
 from offsite_fl.evaluation.markup import Markup, count, figure, join, kicker, safe, section, tag, tiles
 from offsite_fl.evaluation.page import document
@@ -30,8 +31,9 @@ def render_choice(choice: Choice) -> str:
     body = join(
         (
             _header(choice),
-            _frontier(choice),
+            _frontiers(choice),
             sections.results(choice),
+            sections.in_loss(choice),
             sections.costs(choice),
             sections.gradients(choice),
             sections.seeds(choice),
@@ -67,20 +69,32 @@ def _tiles(choice: Choice, best: Standing) -> Markup:
 
 
 def _tuned_tiles(choice: Choice, best: Standing) -> list[tuple[str, str, str]]:
-    zero = f"{choice.zero_shot:.3f} untuned"
-    full = "" if choice.full_fine_tuning is None else f"; {choice.full_fine_tuning.mean:.3f} with full fine-tuning"
-    gained = f"the same adapter reaches {shown(choice.uncompressed)} on the uncompressed model"
+    by = choice.settings.kind.judged_in
+    found, against = best.figures(by), choice.references(by)
+    zero = "" if against.zero_shot is None else f"; {by.told(against.zero_shot)} untuned"
+    full = "" if against.full_fine_tuning is None else f"; {_level(by, against.full_fine_tuning)} with full fine-tuning"
+    gained = f"the same adapter reaches {by.level(against.uncompressed)} on the uncompressed model"
     return [
-        ("Plug-in", _mean(best.plug_in), f"nats per token; {zero}{full}"),
-        ("Of the adapter's gain", "-" if best.of_adapter is None else f"{best.of_adapter.mean:.0%}", gained),
-        ("Gap", _mean(best.gap), "nats that the tuned emulator stays behind the plug-in"),
+        ("Plug-in", _level(by, found.plug_in), f"{by.unit}{zero}{full}"),
+        ("Of the adapter's gain", "-" if found.of_adapter is None else f"{found.of_adapter.mean:.0%}", gained),
+        (
+            "Gap",
+            "-" if found.gap is None else by.told_step(found.gap.mean),
+            f"{by.step_unit} that the tuned emulator stays behind the plug-in",
+        ),
     ]
 
 
+def _level(by: Yardstick, given: OverSeeds | None) -> str:
+    """Without the deviation."""
+    return "-" if given is None else by.told(given.mean)
+
+
 def _untuned_tiles(choice: Choice, best: Standing) -> list[tuple[str, str, str]]:
+    against = f"on {choice.settings.kind.public}; {choice.public_loss:.3f} of the full model"
     return [
         ("Gradient cosine", _mean(best.cosine), "adapter's gradients on the emulator against the full model"),
-        ("Emulator's loss", _mean(best.public_loss), f"on public text; {choice.public_loss:.3f} of the full model"),
+        ("Emulator's loss", _mean(best.public_loss), against),
     ]
 
 
@@ -88,7 +102,7 @@ def _mean(given: OverSeeds | None) -> str:
     return "-" if given is None else f"{given.mean:.3f}"
 
 
-def _frontier(choice: Choice) -> Markup:
+def _frontiers(choice: Choice) -> Markup:
     dots = [s.verbatim_share for s in choice.standings if s.verbatim_share is not None]
     sizes = f" Larger dots leave more of the full model verbatim ({min(dots):.0%} to {max(dots):.0%})." if dots else ""
     bars = " Thin lines: one standard deviation over seeds." if len(choice.settings.seeds) > 1 else ""
@@ -97,5 +111,10 @@ def _frontier(choice: Choice) -> Markup:
     else:
         what = "Up: the adapter's gradients are kept better. Right: the untuned emulator gives away less."
     about = f"{what} Numbers are ranks in the tables below.{sizes}{bars}"
-    card = figure("The frontier", about, frontier(choice))
-    return section("Gain against protection", "", card) if card else Markup()
+    yardsticks = choice.settings.kind.yardsticks if choice.tuned else (choice.settings.kind.judged_in,)
+    cards = []
+    for by in yardsticks:
+        name = "The frontier" if len(yardsticks) == 1 else f"The frontier in {by.name}"
+        cards.append(figure(name, about, frontier(choice, by)))
+    body = join(cards)
+    return section("Gain against protection", "", body) if body else Markup()

@@ -6,8 +6,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from offsite_fl.choosing.kinds import TEXT, Kind
 from offsite_fl.choosing.over_seeds import shown
 from offsite_fl.choosing.standing import Standing, Verdict
+from offsite_fl.choosing.yardstick import LOSS, Yardstick
 
 # What protects comes first, what can't be handed out last; inside a tier the better plug-in or gradient.
 TIERS: dict[Verdict, int] = {
@@ -29,87 +31,91 @@ class Recommendation:
     why: str
 
 
-def ranked(standings: Iterable[Standing]) -> tuple[Standing, ...]:
+def ranked(standings: Iterable[Standing], judged_in: Yardstick = LOSS) -> tuple[Standing, ...]:
     """Best first."""
-    return tuple(sorted(standings, key=_order))
+    return tuple(sorted(standings, key=lambda standing: _order(standing, judged_in)))
 
 
-def _order(standing: Standing) -> tuple[int, float]:
-    merit = math.nan
-    if standing.plug_in is not None:
-        merit = standing.plug_in.mean
+def _order(standing: Standing, judged_in: Yardstick) -> tuple[int, float]:
+    merit, plug_in = math.nan, standing.figures(judged_in).plug_in
+    if plug_in is not None:
+        merit = judged_in.more_is * plug_in.mean
     elif standing.cosine is not None:
         merit = -standing.cosine.mean
     return TIERS[standing.verdict], math.inf if math.isnan(merit) else merit
 
 
 def recommend(
-    standings: Sequence[Standing], budget: str, zero_shot: float | None, public_loss: float
+    standings: Sequence[Standing], budget: str, zero_shot: float | None, public_loss: float, kind: Kind = TEXT
 ) -> Recommendation:
     """Pick one of ``standings``, which are ranked.
 
     With tuning: the best plug-in among those that protect or, if none of these gains, whose gap at least is clear; one
     that gains nothing on the untuned model is never taken. Without: the best gradient among those that are worse than
-    the full model on public text by more than 0.02 nats.
+    the full model on public data by more than 0.02 nats.
 
     Args:
         standings: ranked candidates.
         budget: as people read it.
-        zero_shot: the untuned full model's loss on the test data; None where nothing was tuned.
-        public_loss: its loss on public text.
+        zero_shot: what the untuned full model has on the test data of what is judged in; None where nothing was tuned.
+        public_loss: its loss on public data.
+        kind: what the comparison is about.
     """
     fitting = [s for s in standings if TIERS[s.verdict] <= TIERS["gap not clear"]]
     within = f"within the budget of {budget}"
     if not fitting:
         return _nothing(f"none could be measured {within}")
     if zero_shot is None:
-        return _by_gradient(fitting, within, public_loss)
-    return _by_plug_in(fitting, within, zero_shot)
+        return _by_gradient(fitting, within, public_loss, kind.public)
+    return _by_plug_in(fitting, within, zero_shot, kind.judged_in)
 
 
 def _nothing(why: str) -> Recommendation:
     return Recommendation(None, f"No candidate to take: {why}.")
 
 
-def _by_plug_in(fitting: Sequence[Standing], within: str, zero: float) -> Recommendation:
+def _by_plug_in(fitting: Sequence[Standing], within: str, zero: float, by: Yardstick) -> Recommendation:
     for verdict in ("protects", "gives the model away"):
         held = [s for s in fitting if s.verdict == verdict]
-        if held and held[0].plug_in is not None and held[0].plug_in.mean < zero:
-            return Recommendation(held[0], _why_plug_in(held[0], len(held), within, zero))
+        plug_in = held[0].figures(by).plug_in if held else None
+        if plug_in is not None and by.behind(zero, plug_in.mean) > 0:
+            return Recommendation(held[0], _why_plug_in(held[0], len(held), within, zero, by))
     first = fitting[0]
     if first.verdict == "gap not clear":
         return _nothing(f"{_none_of(len(fitting))} {within} keeps the tuned emulator clearly behind the plug-in")
     return _nothing(
         f"{within} and with the tuned emulator behind the plug-in, the best plug-in ({first.spec}) has "
-        f"{shown(first.plug_in)} nats per token against {zero:.3f} untuned, so nothing is gained"
+        f"{by.level(first.figures(by).plug_in)} {by.unit} against {by.told(zero)} untuned, so nothing is gained"
     )
 
 
-def _why_plug_in(best: Standing, count: int, within: str, zero: float) -> str:
-    part = "" if best.of_adapter is None else f", {best.of_adapter.mean:.0%} of what this adapter can gain"
-    gain = f"{shown(best.plug_in)} nats per token against {zero:.3f} untuned{part}"
+def _why_plug_in(best: Standing, count: int, within: str, zero: float, by: Yardstick) -> str:
+    found = best.figures(by)
+    part = "" if found.of_adapter is None else f", {found.of_adapter.mean:.0%} of what this adapter can gain"
+    gain = f"{by.level(found.plug_in)} {by.unit} against {by.told(zero)} untuned{part}"
     if best.verdict == "protects":
         among = (
             f"It has the best plug-in of the {count} that protect" if count > 1 else "It is the only one that protects"
         )
         return (
-            f"{among} {within} ({gain}); its tuned emulator stays {shown(best.gap)} nats behind the plug-in and "
-            f"{shown(best.margin)} behind the untuned model."
+            f"{among} {within} ({gain}); its tuned emulator stays {by.step(found.gap)} {by.step_unit} behind the "
+            f"plug-in and {by.step(found.margin)} behind the untuned model."
         )
     among = "It is the only one that keeps"
     among = among if count == 1 else f"It has the best plug-in of the {count} that keep"
-    assert best.margin is not None  # without it there is no such verdict
+    assert found.margin is not None  # without it there is no such verdict
+    better = by.told_step(abs(found.margin.mean))
     return (
-        f"{among} the tuned emulator behind the plug-in {within} ({gain}; gap {shown(best.gap)}), but take care: "
-        f"that emulator is {abs(best.margin.mean):.3f} nats better than the untuned model, which is given away."
+        f"{among} the tuned emulator behind the plug-in {within} ({gain}; gap {by.step(found.gap)}), but take care: "
+        f"that emulator is {better} {by.step_unit} better than the untuned model, which is given away."
     )
 
 
-def _by_gradient(fitting: Sequence[Standing], within: str, public_loss: float) -> Recommendation:
+def _by_gradient(fitting: Sequence[Standing], within: str, public_loss: float, public: str) -> Recommendation:
     lossy = [s for s in fitting if s.verdict == "worse than the full model"]
     if not lossy:
         return _nothing(
-            f"{_none_of(len(fitting))} {within} is clearly worse than the full model on public text (loss "
+            f"{_none_of(len(fitting))} {within} is clearly worse than the full model on {public} (loss "
             f"{public_loss:.3f}), so to hand it out gives the model away"
         )
     best, count = lossy[0], len(lossy)
@@ -117,7 +123,7 @@ def _by_gradient(fitting: Sequence[Standing], within: str, public_loss: float) -
     numbers = f"cosine {shown(best.cosine)}, loss {shown(best.public_loss)} against {public_loss:.3f}"
     return Recommendation(
         best,
-        f"{among} {within} whose emulator is clearly worse than the full model on public text ({numbers}); nothing was "
+        f"{among} {within} whose emulator is clearly worse than the full model on {public} ({numbers}); nothing was "
         "tuned, so what its plug-in gains isn't known, which data would show.",
     )
 

@@ -36,11 +36,11 @@ class Built:
 
 @dataclass(frozen=True)
 class OnPublicText:
-    """Emulator against full model on held-out public text, untuned.
+    """Emulator against full model, untuned, on held-out public text, of a classifier on examples.
 
-    Losses are nats per token, ``hidden_error`` is ``||T - S||^2 / ||T||^2`` behind the middle, ``cosine`` and
-    ``norm_ratio`` compare the adapter's gradients on the emulator with those on the full model: over all tensors
-    together, and by adapter block in forward order.
+    Losses are nats per token, or per example, ``hidden_error`` is ``||T - S||^2 / ||T||^2`` behind the middle,
+    ``cosine`` and ``norm_ratio`` compare the adapter's gradients on the emulator with those on the full model: over all
+    tensors together, and by adapter block in forward order.
     """
 
     full_loss: float
@@ -70,11 +70,27 @@ class ScaleTried:
 
 
 @dataclass(frozen=True)
+class Numbers:
+    """One number (a loss, an accuracy) of each network on the test data; None where there is no such network.
+
+    ``zero_shot`` is the untuned full model's, ``without_repair`` that of the plug-in with the repair taken out.
+    """
+
+    zero_shot: float
+    emulator_zero_shot: float | None
+    emulator_tuned: float | None
+    plug_in: float
+    without_repair: float | None = None
+
+
+@dataclass(frozen=True)
 class Tuned:
-    """What tuning gave, in nats per token of the test data.
+    """What tuning gave, in nats per token of the test data, of a classifier per example.
 
     ``zero_shot`` is the full model's. Of full fine-tuning ``plug_in`` is the tuned full model; it has no emulator.
-    ``rate`` is the learning rate that counts, ``seconds`` what tuning at all ``rates`` took.
+    ``rate`` is the learning rate that counts, ``seconds`` what tuning at all ``rates`` took. ``without_repair`` is the
+    plug-in with the repair taken out (:mod:`offsite_fl.repair`), None where that wasn't asked for. ``accuracy`` has
+    shares in [0, 1] where there are classes.
     """
 
     rate: float
@@ -85,6 +101,13 @@ class Tuned:
     plug_in: float
     scales: tuple[ScaleTried, ...]
     seconds: float
+    without_repair: float | None = None
+    accuracy: Numbers | None = None
+
+    @property
+    def losses(self) -> Numbers:
+        """Those in nats."""
+        return Numbers(self.zero_shot, self.emulator_zero_shot, self.emulator_tuned, self.plug_in, self.without_repair)
 
     @property
     def best_scale(self) -> ScaleTried | None:

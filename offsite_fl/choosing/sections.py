@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from offsite_fl.choosing.choice import Choice
 from offsite_fl.choosing.over_seeds import OverSeeds, part, shown
 from offsite_fl.choosing.standing import Standing, Verdict
-from offsite_fl.choosing.table import columns_of, reference_lines
+from offsite_fl.choosing.table import Column, beside, columns_of, reference_lines
 from offsite_fl.evaluation.markup import Markup, definitions, duration, join, plain, safe, section, stacked, table, tag
 from offsite_fl.evaluation.rows import significant
 from offsite_fl.sizes import human_bytes
@@ -37,8 +38,29 @@ def _take(choice: Choice, standing: Standing) -> str | None:
 
 def results(choice: Choice) -> Markup:
     """What the candidates were compared for, best first, with the references below."""
-    elsewhere = ELSEWHERE | (ELSEWHERE_IF_TUNED if choice.tuned else set())
+    elsewhere = ELSEWHERE | (ELSEWHERE_IF_TUNED if choice.tuned else set()) | {c.name for c in beside(choice)}
     columns = [column for column in columns_of(choice) if column.name not in elsewhere]
+    kind = choice.settings.kind
+    about = f"Losses are {kind.loss.unit} of " + ("the test data." if choice.tuned else f"held-out {kind.public}.")
+    if choice.tuned and kind.judged_in is not kind.loss:
+        about = f"How many of the test examples are {kind.judged_in.unit}; losses are below."
+    about += " Best first: what protects within the budget, then by " + ("plug-in." if choice.tuned else "cosine.")
+    return section("Candidates", about, _compared(choice, columns))
+
+
+def in_loss(choice: Choice) -> Markup:
+    """The candidates of a classifier by loss, which they aren't judged in."""
+    columns = beside(choice)
+    if not columns:
+        return Markup()
+    about = (
+        f"In {choice.settings.kind.loss.unit} of the test data. A new head may be more or less sure than it is right."
+    )
+    return section("The same in loss", about, _compared(choice, columns))
+
+
+def _compared(choice: Choice, columns: Sequence[Column]) -> Markup:
+    """One line a candidate, and the references below."""
     lines: list[list[object]] = []
     for number, standing in enumerate(choice.standings, start=1):
         chip = tag("span", standing.verdict, class_=CHIPS[standing.verdict])
@@ -47,10 +69,7 @@ def results(choice: Choice) -> Markup:
     for name, found in reference_lines(choice):
         lines.append(["", name, "", *(stacked(found.get(column.name, "")) for column in columns)])
     heads = ["", "emulator", "verdict", *(column.name for column in columns)]
-    done = table(heads, lines, text_columns=(0, 1, 2))
-    about = "Losses are nats per token" + (" of the test data." if choice.tuned else " of held-out public text.")
-    about += " Best first: what protects within the budget, then by " + ("plug-in." if choice.tuned else "cosine.")
-    return section("Candidates", about, tag("div", done, class_="card"))
+    return tag("div", table(heads, lines, text_columns=(0, 1, 2)), class_="card")
 
 
 def _measured(choice: Choice) -> list[tuple[int, Standing]]:
@@ -84,7 +103,8 @@ def costs(choice: Choice) -> Markup:
     about = (
         f"The middle holds {human_bytes(choice.middle_bytes)}. Verbatim: share of the full model's parameters that "
         "leaves unchanged. FLOPs: of the emulated middle, forward. Memory: growth at the peak of building. Hidden "
-        f"error and loss: untuned, on held-out public text, on which the full model has {choice.public_loss:.3f}."
+        f"error and loss: untuned, on held-out {choice.settings.kind.public}, on which the full model has "
+        f"{choice.public_loss:.3f}."
     )
     return section("Size, exposure, cost", about, tag("div", done, class_="card"))
 
@@ -103,8 +123,9 @@ def gradients(choice: Choice) -> Markup:
         lines.append([_rank(choice, number, standing), tag("code", standing.spec), ratio, *bars])
     heads = ["", "emulator", "norm ratio", "all", *(f"block {i}" for i in range(1, blocks + 1))]
     about = (
-        "Cosine of the adapter's gradients on the emulator with those on the full model, on held-out public text: of "
-        "all tensors together and by adapter block in forward order. At 1 a step on the emulator goes where one on the "
+        "Cosine of the adapter's gradients on the emulator with those on the full model, on held-out "
+        f"{choice.settings.kind.public}: of all tensors together and by adapter block in forward order. At 1 a step on "
+        "the emulator goes where one on the "
         "full model would, at 0 it has nothing to do with it. Norm ratio: emulator over full model."
     )
     done = table(heads, lines, text_columns=(0, 1))
@@ -127,13 +148,14 @@ def seeds(choice: Choice) -> Markup:
     seeds = choice.settings.seeds
     if len(seeds) < 2 or not choice.tuned:
         return Markup()
-    lines = []
+    lines, by = [], choice.settings.kind.judged_in
     for number, standing in enumerate(choice.standings, start=1):
-        if standing.plug_in is None or standing.gap is None:
+        figures = standing.figures(by)
+        if figures.plug_in is None or figures.gap is None:
             continue
         cells = [
-            f"{by_seed[seed]:.3f}" if seed in by_seed else "failed"
-            for given in (standing.plug_in, standing.gap)
+            told(by_seed[seed]) if seed in by_seed else "failed"
+            for given, told in ((figures.plug_in, by.told), (figures.gap, by.told_step))
             for by_seed in [dict(zip(standing.seeds, given.values, strict=True))]
             for seed in seeds
         ]
@@ -141,7 +163,7 @@ def seeds(choice: Choice) -> Markup:
     heads = [f"{what}, seed {seed}" for what in ("plug-in", "gap") for seed in seeds]
     done = table(["", "emulator", *heads], lines, text_columns=(0, 1))
     about = (
-        "Each seed divides the calibration text anew, draws what is random in a method, and orders the data. A gap "
+        "Each seed divides the calibration data anew, draws what is random in a method, and orders the data. A gap "
         "counts as clear if it is more than two standard errors above 0."
     )
     return section("Seed by seed", about, tag("div", done, class_="card"))
@@ -179,12 +201,19 @@ def glossary(choice: Choice) -> Markup:
         "adapter. Plug-in: the full model with an adapter that was tuned on the emulator."
     ]
     if choice.tuned:
+        by = choice.settings.kind.judged_in
         words += [
-            "Gap: the tuned emulator's loss minus the plug-in's. Protects: the gap is clearly above 0 and the tuned "
-            "emulator is no better than the untuned full model. Gives the model away: the gap is there, but the tuned "
-            "emulator is better than the untuned full model, so data owners hold more than the owner had.",
+            f"Gap: how far the tuned emulator's {by.name} stays behind the plug-in's. Protects: the gap is clearly "
+            "above 0 and the tuned emulator is no better than the untuned full model. Gives the model away: the gap is "
+            "there, but the tuned emulator is better than the untuned full model, so data owners hold more than the "
+            "owner had.",
             "Of adapter: the plug-in's gain as a share of what the same adapter gains on the uncompressed model in the "
             "same steps. Recovered: as a share of full fine-tuning's gain. The learning rate (lr) is the one that does "
-            "best by the emulator's loss on validation text.",
+            "best by the emulator's loss on validation data.",
         ]
+    if choice.tuned and choice.settings.repair:
+        words.append(
+            "Less repair: the plug-in without what the adapter learns only to put the emulator right, which the model "
+            "owner measures by tuning on the calibration data, on the emulator and on the full model."
+        )
     return tag("footer", join(tag("p", text) for text in words))

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from offsite_fl.choosing.budget import Budget
 from offsite_fl.choosing.candidates import DEFAULTS, distinct
+from offsite_fl.choosing.kinds import TEXT, Kind
 from offsite_fl.config import TuneConfig, check
+
+Part = Literal["calibration", "held_out", "test"]
+HEADS_FROM = ("calibration", "model")
+PARTS: tuple[Part, ...] = ("calibration", "held_out", "test")
 
 
 def default_tune() -> TuneConfig:
@@ -26,7 +32,10 @@ class Settings:
     public text is reported beside the plain plug-in.
 
     Methods work on the first ``calibration_tokens`` of the public text; losses and gradients are measured on the
-    ``held_out_tokens`` behind them, which no method sees. ``test_tokens`` bounds the private test data.
+    ``held_out_tokens`` behind them, which no method sees. ``test_tokens`` bounds the private test data. For a
+    classifier, where ``kind`` counts examples, the same are ``*_examples``. ``head_from`` says whether a classifier
+    begins with the nearest-class-mean head of the calibration examples or with the head that it has. ``repair`` adds
+    the plug-in with the repair taken out.
     """
 
     budget: Budget = field(default_factory=lambda: Budget(share=0.5))
@@ -40,6 +49,12 @@ class Settings:
     calibration_tokens: int = 8192
     held_out_tokens: int = 2048
     test_tokens: int = 4096
+    calibration_examples: int = 256
+    held_out_examples: int = 64
+    test_examples: int = 400
+    kind: Kind = TEXT
+    head_from: str = "calibration"
+    repair: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "candidates", distinct(self.candidates, self.budget))
@@ -52,8 +67,18 @@ class Settings:
         check(bool(self.seeds), "seeds: give at least one")
         check(min(self.seeds) >= 0, f"seeds must be 0 or above, got {_listed(self.seeds)}")
         check(len(set(self.seeds)) == len(self.seeds), f"seeds: {_listed(self.seeds)} names one twice")
-        for name in ("calibration_tokens", "held_out_tokens", "test_tokens"):
+        for name in (f"{part}_{self.kind.unit}" for part in PARTS):
             check(getattr(self, name) >= 1, f"{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        check(self.head_from in HEADS_FROM, f"head-from is calibration or model, got {self.head_from!r}")
+
+    @property
+    def sizes(self) -> dict[Part, int]:
+        """How much each part may hold, in the kind's unit."""
+        return {part: getattr(self, f"{part}_{self.kind.unit}") for part in PARTS}
+
+    def most(self, part: Part) -> int:
+        """How many examples ``part`` may hold, at least one."""
+        return max(1, self.sizes[part] // (self.tune.block_size if self.kind.unit == "tokens" else 1))
 
 
 def _listed(values: tuple[float, ...]) -> str:

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from offsite_fl.choosing.budget import Budget
 from offsite_fl.choosing.candidates import is_template
 from offsite_fl.choosing.over_seeds import OverSeeds
-from offsite_fl.choosing.results import Built, Cell, OnPublicText, Tuned
+from offsite_fl.choosing.results import Built, Cell, Numbers, OnPublicText, Tuned
+from offsite_fl.choosing.yardstick import ACCURACY, CLEAR_NATS, LOSS, Yardstick
 from offsite_fl.emulators.budget import TOLERANCE
 
 Verdict = Literal[
@@ -22,24 +23,38 @@ Verdict = Literal[
     "over budget",
     "failed",
 ]
-# With one seed there is no standard error, so a gap must be larger than what seeds usually make of it. On public text
-# the same keeps emulators out that are the full model but for rounding.
-CLEAR_NATS = 0.02
 CLEAR_ERRORS = 2.0
 
 
-@dataclass(frozen=True)
-class Standing:
-    """One candidate. Losses are nats per token; what a seed can't tell for all seeds is None.
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What tuning is worth in one number, the loss or the accuracy; None where not all seeds tell.
 
-    ``asked_bytes`` is what the budget came to, None for a candidate with a size of its own. ``public_*``, hidden error
-    and gradients are of the untuned emulator on held-out public text, everything from ``emulator_zero_shot`` on of the
-    data owner's test data:
+    * ``gap``: how far the tuned emulator, which data owners keep, stays behind the plug-in, which the owner gets;
+    * ``margin``: how far it stays behind the untuned full model; below 0 the model is given away;
+    * ``of_adapter``: the plug-in's gain on the untuned model as a share of that of the same adapter tuned on the
+      uncompressed middle;
+    * ``recovered``: the same as a share of full fine-tuning's gain;
+    * ``without_repair``: the plug-in with the repair taken out.
+    """
 
-    * ``gap`` = emulator tuned - plug-in: how far what data owners keep stays behind what the owner gets;
-    * ``margin`` = emulator tuned - untuned full model; below 0 the model is given away;
-    * ``of_adapter`` = (untuned - plug-in) / (untuned - the same adapter tuned on the uncompressed middle);
-    * ``recovered`` = (untuned - plug-in) / (untuned - full fine-tuning).
+    emulator_zero_shot: OverSeeds | None = None
+    emulator_tuned: OverSeeds | None = None
+    plug_in: OverSeeds | None = None
+    gap: OverSeeds | None = None
+    margin: OverSeeds | None = None
+    of_adapter: OverSeeds | None = None
+    recovered: OverSeeds | None = None
+    without_repair: OverSeeds | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing(Figures):
+    """One candidate. Its own figures are in nats per token (of a classifier: per example), ``accuracy`` has the others.
+
+    What a seed can't tell for all seeds is None. ``asked_bytes`` is what the budget came to, None for a candidate with
+    a size of its own. ``public_*``, hidden error and gradients are of the untuned emulator on held-out public data, the
+    figures of the data owner's test data.
     """
 
     candidate: str
@@ -62,16 +77,14 @@ class Standing:
     cosine_by_block: tuple[float, ...] = ()
     norm_ratio_by_block: tuple[float, ...] = ()
     rates: tuple[float, ...] = ()
-    emulator_zero_shot: OverSeeds | None = None
-    emulator_tuned: OverSeeds | None = None
-    plug_in: OverSeeds | None = None
-    gap: OverSeeds | None = None
-    margin: OverSeeds | None = None
-    of_adapter: OverSeeds | None = None
-    recovered: OverSeeds | None = None
     scale: OverSeeds | None = None
     plug_in_scaled: OverSeeds | None = None
+    accuracy: Figures | None = None
     notes: tuple[str, ...] = ()
+
+    def figures(self, yardstick: Yardstick) -> Figures:
+        """Those in one number."""
+        return self if yardstick.name == "loss" else self.accuracy or Figures()
 
 
 @dataclass(frozen=True)
@@ -90,40 +103,41 @@ class Reference:
             {cell.seed: cell for cell in good if cell.role == "full-fine-tuning"},
         )
 
-    def best_of_adapter(self, seed: int) -> float | None:
-        """Loss of the same adapter tuned on the uncompressed model."""
-        return _plug_in(self.uncompressed.get(seed))
+    def best_of_adapter(self, seed: int, yardstick: Yardstick) -> float | None:
+        """What the same adapter reaches when it is tuned on the uncompressed model."""
+        return _plug_in(self.uncompressed.get(seed), yardstick)
 
-    def best_of_all(self, seed: int) -> float | None:
-        """Loss of full fine-tuning; None if it wasn't run."""
-        return _plug_in(self.full.get(seed))
-
-
-def _plug_in(cell: Cell | None) -> float | None:
-    return None if cell is None or cell.tuned is None else cell.tuned.plug_in
+    def best_of_all(self, seed: int, yardstick: Yardstick) -> float | None:
+        """What full fine-tuning reaches; None if it wasn't run."""
+        return _plug_in(self.full.get(seed), yardstick)
 
 
-def standing_of(cells: Sequence[Cell], reference: Reference, budget: Budget) -> Standing:
+def _plug_in(cell: Cell | None, yardstick: Yardstick) -> float | None:
+    numbers = None if cell is None or cell.tuned is None else yardstick.read(cell.tuned)
+    return None if numbers is None else numbers.plug_in
+
+
+def standing_of(cells: Sequence[Cell], reference: Reference, budget: Budget, judged_in: Yardstick = LOSS) -> Standing:
     """Put the cells of one candidate, one for each seed, together and judge them."""
     first = cells[0]
     good = [cell for cell in cells if cell.error is None]
     errors = _errors(cells)
     if not good:
-        return Standing(first.candidate, first.spec, "failed", (), errors)
+        return Standing(candidate=first.candidate, spec=first.spec, verdict="failed", seeds=(), errors=errors)
     built = [cell.built for cell in good if cell.built is not None]
     public = [cell.public for cell in good if cell.public is not None]
     middle = built[0].middle_bytes
     allowed = budget.bytes_of(middle)
     size = round(sum(b.bytes for b in built) / len(built))
-    gap, margin = _both(good, _gap), _both(good, _margin)
+    figures = {yardstick.name: _figures(good, reference, yardstick) for yardstick in (LOSS, ACCURACY)}
     public_margin = _over_seeds(public, lambda p: p.emulator_loss - p.full_loss)
     over = size > allowed + TOLERANCE * middle
-    plug_in = _both(good, lambda t: t.plug_in)
     errors += tuple(f"{what} isn't a finite number" for what in _not_finite(good))
+    judged = judge(Figures(**figures[judged_in.name]), public_margin, judged_in)
     return Standing(
         candidate=first.candidate,
         spec=first.spec,
-        verdict="failed" if errors else "over budget" if over else judge(gap, margin, public_margin),
+        verdict="failed" if errors else "over budget" if over else judged,
         seeds=tuple(cell.seed for cell in good),
         errors=errors,
         asked_bytes=allowed if is_template(first.candidate) else None,
@@ -133,31 +147,26 @@ def standing_of(cells: Sequence[Cell], reference: Reference, budget: Budget) -> 
         **_of_public(public),
         public_margin=public_margin,
         rates=tuple(cell.tuned.rate for cell in good if cell.tuned is not None),
-        emulator_zero_shot=_both(good, lambda t: t.emulator_zero_shot),
-        emulator_tuned=_both(good, lambda t: t.emulator_tuned),
-        plug_in=plug_in,
-        gap=gap,
-        margin=margin,
-        of_adapter=_share_of_gain(good, reference.best_of_adapter),
-        recovered=_share_of_gain(good, reference.best_of_all),
+        **figures["loss"],
+        accuracy=Figures(**figures["accuracy"]) if figures["accuracy"] else None,
         scale=_both(good, lambda t: t.best_scale.scale if t.best_scale else None),
         plug_in_scaled=_both(good, lambda t: t.best_scale.plug_in if t.best_scale else None),
     )
 
 
-def judge(gap: OverSeeds | None, margin: OverSeeds | None, public_margin: OverSeeds) -> Verdict:
-    """What a candidate within the budget is, from its gap and margin or, where nothing was tuned, on public text."""
-    if gap is None or margin is None:
+def judge(figures: Figures, public_margin: OverSeeds, judged_in: Yardstick = LOSS) -> Verdict:
+    """What a candidate within the budget is, from its gap and margin or, where nothing was tuned, on public data."""
+    if figures.gap is None or figures.margin is None:
         return "worse than the full model" if public_margin.mean > CLEAR_NATS else "as good as the full model"
-    if not is_clear(gap):
+    if not is_clear(figures.gap, judged_in):
         return "gap not clear"
-    return "gives the model away" if margin.mean < 0 else "protects"
+    return "gives the model away" if figures.margin.mean < 0 else "protects"
 
 
-def is_clear(gap: OverSeeds) -> bool:
-    """Whether a gap is clearly above 0: by two standard errors over seeds, or with one seed by 0.02 nats."""
+def is_clear(gap: OverSeeds, judged_in: Yardstick = LOSS) -> bool:
+    """Whether a gap is clearly above 0: by two standard errors over seeds, or with one seed by the yardstick's own."""
     error = gap.standard_error
-    return gap.mean > (CLEAR_NATS if error is None else max(0.0, CLEAR_ERRORS * error))
+    return gap.mean > (judged_in.clear if error is None else max(0.0, CLEAR_ERRORS * error))
 
 
 def _not_finite(cells: Sequence[Cell]) -> list[str]:
@@ -178,12 +187,27 @@ def _errors(cells: Sequence[Cell]) -> tuple[str, ...]:
     return tuple(f"seed {seed}: {error}" for seed, error in failed.items())
 
 
-def _gap(tuned: Tuned) -> float | None:
-    return None if tuned.emulator_tuned is None else tuned.emulator_tuned - tuned.plug_in
+def _figures(cells: Sequence[Cell], reference: Reference, yardstick: Yardstick) -> dict[str, Any]:
+    """The entries of :class:`Figures` in one number; none where the cells don't have it."""
+    if not all(cell.tuned is not None and yardstick.read(cell.tuned) for cell in cells):
+        return {}
 
+    def both(number: Callable[[Numbers], float | None]) -> OverSeeds | None:
+        return _both(cells, lambda tuned: None if (n := yardstick.read(tuned)) is None else number(n))
 
-def _margin(tuned: Tuned) -> float | None:
-    return None if tuned.emulator_tuned is None else tuned.emulator_tuned - tuned.zero_shot
+    def behind(n: Numbers, other: float) -> float | None:
+        return None if n.emulator_tuned is None else yardstick.behind(n.emulator_tuned, other)
+
+    return {
+        "emulator_zero_shot": both(lambda n: n.emulator_zero_shot),
+        "emulator_tuned": both(lambda n: n.emulator_tuned),
+        "plug_in": both(lambda n: n.plug_in),
+        "gap": both(lambda n: behind(n, n.plug_in)),
+        "margin": both(lambda n: behind(n, n.zero_shot)),
+        "of_adapter": _share_of_gain(cells, reference.best_of_adapter, yardstick),
+        "recovered": _share_of_gain(cells, reference.best_of_all, yardstick),
+        "without_repair": both(lambda n: n.without_repair),
+    }
 
 
 def _both(cells: Sequence[Cell], number: Callable[[Tuned], float | None]) -> OverSeeds | None:
@@ -197,17 +221,19 @@ def _over_seeds(public: Sequence[OnPublicText], number: Callable[[OnPublicText],
     return OverSeeds.of(number(entry) for entry in public)
 
 
-def _share_of_gain(cells: Sequence[Cell], upper: Callable[[int], float | None]) -> OverSeeds | None:
+def _share_of_gain(
+    cells: Sequence[Cell], upper: Callable[[int, Yardstick], float | None], yardstick: Yardstick
+) -> OverSeeds | None:
     """The plug-in's gain as a share of what ``upper`` gains with the same seed; None where that gains nothing."""
     shares = []
     for cell in cells:
-        most = upper(cell.seed)
-        if cell.tuned is None or most is None:
+        most, numbers = upper(cell.seed, yardstick), None if cell.tuned is None else yardstick.read(cell.tuned)
+        if numbers is None or most is None:
             return None
-        zero = cell.tuned.zero_shot
-        if not (math.isfinite(most) and zero > most):
+        zero = numbers.zero_shot
+        if not (math.isfinite(most) and yardstick.behind(zero, most) > 0):
             return None
-        shares.append((zero - cell.tuned.plug_in) / (zero - most))
+        shares.append((zero - numbers.plug_in) / (zero - most))
     return OverSeeds.of(shares)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from rich.text import Text
 
 from offsite_fl.choosing.choice import Choice
 from offsite_fl.choosing.over_seeds import csv_cells, csv_head, part, percent, shown
-from offsite_fl.choosing.standing import Standing, Verdict
+from offsite_fl.choosing.standing import Figures, Standing, Verdict
+from offsite_fl.choosing.yardstick import Yardstick
 
 UNCOMPRESSED, FULL = "uncompressed", "full fine-tuning"
 _OVER_SEEDS = (
@@ -31,7 +33,10 @@ _OVER_SEEDS = (
     "recovered",
     "scale",
     "plug_in_scaled",
+    "without_repair",
 )
+_FIGURES = tuple(field.name for field in dataclasses.fields(Figures))
+_ACCURACY = "accuracy_"
 _PLAIN = (
     "candidate",
     "spec",
@@ -61,61 +66,98 @@ BRIEF: dict[Verdict, str] = {
 
 @dataclass(frozen=True)
 class Column:
-    """A column that people read; ``reference`` is what stands there for the uncompressed middle."""
+    """A column that people read; one that isn't ``brief`` only where there is room."""
 
     name: str
     text: Callable[[Standing], str]
-    tuned: bool = False
     brief: bool = True
 
 
-COLUMNS = (
+_OF_ALL = (
     Column("bytes", lambda s: part(s.share)),
     Column("verbatim", lambda s: part(s.verbatim_share)),
     Column("FLOPs", lambda s: part(s.flops_share), brief=False),
     Column("cosine", lambda s: shown(s.cosine)),
     Column("public loss", lambda s: shown(s.public_loss), brief=False),
-    Column("lr", lambda s: "/".join(dict.fromkeys(f"{rate:g}" for rate in s.rates)), tuned=True, brief=False),
-    Column("emulator zero-shot", lambda s: shown(s.emulator_zero_shot), tuned=True, brief=False),
-    Column("emulator tuned", lambda s: shown(s.emulator_tuned), tuned=True),
-    Column("plug-in", lambda s: shown(s.plug_in), tuned=True),
-    Column("gap", lambda s: shown(s.gap), tuned=True),
-    Column("of adapter", lambda s: percent(s.of_adapter), tuned=True),
-    Column("recovered", lambda s: percent(s.recovered), tuned=True, brief=False),
-    Column("scale", lambda s: "" if s.scale is None else f"{s.scale.mean:.3g}", tuned=True, brief=False),
-    Column("plug-in scaled", lambda s: shown(s.plug_in_scaled), tuned=True, brief=False),
 )
+_RATE = Column("lr", lambda s: "/".join(dict.fromkeys(f"{rate:g}" for rate in s.rates)), brief=False)
+
+
+def _figures(by: Yardstick) -> tuple[Column, ...]:
+    """What tuning was worth, in what candidates are judged in."""
+    return (
+        Column("emulator zero-shot", lambda s: by.level(s.figures(by).emulator_zero_shot), brief=False),
+        Column("emulator tuned", lambda s: by.level(s.figures(by).emulator_tuned)),
+        Column("plug-in", lambda s: by.level(s.figures(by).plug_in)),
+        Column("gap", lambda s: by.step(s.figures(by).gap)),
+        Column("of adapter", lambda s: percent(s.figures(by).of_adapter)),
+        Column("recovered", lambda s: percent(s.figures(by).recovered), brief=False),
+        Column("less repair", lambda s: by.level(s.figures(by).without_repair), brief=False),
+    )
+
+
+def beside(choice: Choice) -> tuple[Column, ...]:
+    """The most of it in the numbers that candidates aren't judged in."""
+    _, *others = choice.settings.kind.yardsticks
+    return tuple(column for by in others for column in _in_another(by)) if choice.tuned else ()
+
+
+def _in_another(by: Yardstick) -> tuple[Column, ...]:
+    return (
+        Column(f"emulator tuned, {by.name}", lambda s: by.level(s.figures(by).emulator_tuned), brief=False),
+        Column(f"plug-in, {by.name}", lambda s: by.level(s.figures(by).plug_in), brief=False),
+        Column(f"gap, {by.name}", lambda s: by.step(s.figures(by).gap), brief=False),
+    )
+
+
+def _scaled(by: Yardstick) -> tuple[Column, ...]:
+    name = "plug-in scaled" if by.name == "loss" else "plug-in scaled, loss"
+    return (
+        Column("scale", lambda s: "" if s.scale is None else f"{s.scale.mean:.3g}", brief=False),
+        Column(name, lambda s: shown(s.plug_in_scaled), brief=False),
+    )
 
 
 def columns_of(choice: Choice, brief: bool = False) -> tuple[Column, ...]:
     """The columns that this choice has something to say in; ``brief`` for a narrow place."""
-    silent = set() if choice.full_fine_tuning is not None else {"recovered"}
-    if all(standing.plug_in_scaled is None for standing in choice.standings):
-        silent |= {"scale", "plug-in scaled"}
-    # Where nothing was tuned the loss on public text is all that tells of protection.
-    needed = set() if choice.tuned else {"public loss"}
+    # Where nothing was tuned the loss on public data is all that tells of protection.
+    needed, silent, columns = {"public loss"}, set(), list(_OF_ALL)
+    if choice.tuned:
+        needed, judged = set(), choice.settings.kind.judged_in
+        columns += [_RATE, *_figures(judged), *beside(choice)]
+        silent |= set() if choice.full_fine_tuning is not None else {"recovered"}
+        silent |= set() if choice.settings.repair else {"less repair"}
+        if any(standing.plug_in_scaled is not None for standing in choice.standings):
+            columns += _scaled(judged)
     return tuple(
         column
-        for column in COLUMNS
-        if column.name not in silent
-        and (choice.tuned or not column.tuned)
-        and (column.brief or not brief or column.name in needed)
+        for column in columns
+        if column.name not in silent and (column.brief or not brief or column.name in needed)
     )
 
 
 def reference_lines(choice: Choice) -> list[tuple[str, dict[str, str]]]:
     """What candidates are set against, by the name of the column."""
-    zero, best, full = choice.zero_shot, choice.uncompressed, choice.full_fine_tuning
-    if zero is None or best is None:
-        return [(UNCOMPRESSED, {"bytes": "100%", "public loss": f"{choice.public_loss:.3f}", "cosine": "1.000"})]
-    losses = {"emulator zero-shot": f"{zero:.3f}", "emulator tuned": shown(best), "plug-in": shown(best)}
-    gained = {"of adapter": "100%", "gap": "0.000", "public loss": f"{choice.public_loss:.3f}", "cosine": "1.000"}
-    if full is not None and zero > full.mean:
-        gained["recovered"] = f"{(zero - best.mean) / (zero - full.mean):.0%}"
-    lines = [(UNCOMPRESSED, {"bytes": "100%", "FLOPs": "100%"} | losses | gained)]
-    if full is not None:
-        lines.append((FULL, {"plug-in": shown(full)} | ({"recovered": "100%"} if zero > full.mean else {})))
-    return lines
+    best = {"bytes": "100%", "FLOPs": "100%", "public loss": f"{choice.public_loss:.3f}", "cosine": "1.000"}
+    full: dict[str, str] = {}
+    if not choice.tuned:
+        return [(UNCOMPRESSED, best)]
+    judged, *others = choice.settings.kind.yardsticks
+    for by in (judged, *others):
+        found, name = choice.references(by), "" if by is judged else f", {by.name}"
+        reached = by.level(found.uncompressed)
+        best |= {f"emulator tuned{name}": reached, f"plug-in{name}": reached, f"gap{name}": by.told_step(0.0)}
+        full[f"plug-in{name}"] = by.level(found.full_fine_tuning)
+    found = choice.references(judged)
+    assert found.zero_shot is not None and found.uncompressed is not None
+    best |= {"emulator zero-shot": judged.told(found.zero_shot), "of adapter": "100%"}
+    if found.full_fine_tuning is None:
+        return [(UNCOMPRESSED, best)]
+    most = judged.behind(found.zero_shot, found.full_fine_tuning.mean)
+    if most > 0:
+        best["recovered"] = f"{judged.behind(found.zero_shot, found.uncompressed.mean) / most:.0%}"
+        full["recovered"] = "100%"
+    return [(UNCOMPRESSED, best), (FULL, full)]
 
 
 def rich_table(choice: Choice, width: int = 80) -> Table:
@@ -165,6 +207,8 @@ def to_markdown(choice: Choice) -> str:
 def to_csv(choice: Choice) -> str:
     """One line a candidate, best first, numbers in full; of several seeds mean and standard deviation."""
     head = ["rank", "best", *_PLAIN, "seeds", "rates", *csv_head(_OVER_SEEDS)]
+    if choice.accuracy is not None:
+        head += [_ACCURACY + name for name in csv_head(_FIGURES)]
     blocks = max((len(s.cosine_by_block) for s in choice.standings), default=0)
     head += [f"{kind}_block_{i}" for kind in ("cosine", "norm_ratio") for i in range(blocks)]
     out = io.StringIO()
@@ -179,6 +223,8 @@ def _csv_line(standing: Standing) -> dict[str, object]:
     line: dict[str, object] = {name: getattr(standing, name) for name in _PLAIN}
     line |= {"seeds": "/".join(map(str, standing.seeds)), "rates": "/".join(f"{rate:g}" for rate in standing.rates)}
     line |= csv_cells(standing, _OVER_SEEDS)
+    if standing.accuracy is not None:
+        line |= {_ACCURACY + name: value for name, value in csv_cells(standing.accuracy, _FIGURES).items()}
     for kind in ("cosine", "norm_ratio"):
         line |= {f"{kind}_block_{i}": v for i, v in enumerate(getattr(standing, f"{kind}_by_block"))}
     return line | {"notes": "; ".join(standing.notes), "errors": "; ".join(standing.errors)}

@@ -10,7 +10,7 @@ import typer
 from offsite_fl.cli.bundle import Model
 from offsite_fl.cli.files import check_writable
 from offsite_fl.cli.output import AsJson, Stages, emit, line, result
-from offsite_fl.cli.settings import BatchSize, BlockSize, LossOn, Pairs, tune_settings
+from offsite_fl.cli.settings import BatchSize, BlockSize, LossOn, Pairs, head_of, tune_settings
 from offsite_fl.cli.spread import SpreadSplit, cut_of, provisional_split, split_owner
 from offsite_fl.config import TuneConfig, kebab
 
@@ -23,7 +23,10 @@ TUNING = {"max_steps": 16, "batch_size": 8, "lr": 5e-4, "schedule": "cosine"}
 
 def choose(
     model: Model,
-    calibration: Annotated[Path, typer.Option(metavar="FILE", help="Public text; never a data owner's.")],
+    calibration: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="Public text, for a classifier labelled examples; never a data owner's."),
+    ],
     out: Annotated[
         Path, typer.Option(metavar="FOLDER", help="Of this comparison; what is there isn't measured again.")
     ],
@@ -34,7 +37,7 @@ def choose(
     ] = None,
     data: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="Text like the data owners', to tune on; once for each file."),
+        typer.Option(metavar="FILE", help="Data like the data owners', to tune on; once for each file or folder."),
     ] = None,
     test: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Held-out data of that kind; else a tenth of --data.")
@@ -60,9 +63,29 @@ def choose(
     split: Annotated[
         str | None, typer.Option(metavar="SPLIT", help="Or 2-2, at=0,5,... or spread=KEEP/ADAPTER, as in `bundle`.")
     ] = None,
-    calibration_tokens: Annotated[int, typer.Option(min=1, help="Public text that methods work on.")] = 8192,
-    held_out_tokens: Annotated[int, typer.Option(min=1, help="Public text behind it to measure on.")] = 2048,
-    test_tokens: Annotated[int, typer.Option(min=1, help="Test data to measure on.")] = 4096,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Public text that methods work on (8192).")
+    ] = None,
+    held_out_tokens: Annotated[int | None, typer.Option(min=1, help="Public text behind it (2048).")] = None,
+    test_tokens: Annotated[int | None, typer.Option(min=1, help="Test data to measure on (4096).")] = None,
+    calibration_examples: Annotated[
+        int | None, typer.Option(min=1, help="For a classifier: public examples that methods work on (256).")
+    ] = None,
+    held_out_examples: Annotated[int | None, typer.Option(min=1, help="And those to measure on (64).")] = None,
+    test_examples: Annotated[int | None, typer.Option(min=1, help="And test data to measure on (400).")] = None,
+    head: Annotated[
+        str, typer.Option(metavar="auto|none|PATH,...", help="What is tuned outside the blocks, as in `bundle`.")
+    ] = "auto",
+    head_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="calibration|model",
+            help="What a classifier begins with: the nearest-class-mean head of the calibration examples, or its own.",
+        ),
+    ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Measure the plug-in with the repair taken out, too.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Build emulators of one size, measure them side by side, and say which one to hand out.
@@ -70,7 +93,8 @@ def choose(
     MODEL is a folder, a hub id, or smollm2.
 
     With --data each candidate is tuned on, and the one with the best plug-in among those that protect the model is
-    named; without, the one that keeps the adapter's gradients best. FOLDER gets choose.html, .json, .csv and .md.
+    named; without, the one that keeps the adapter's gradients best. A classifier of images or text is judged by
+    accuracy. FOLDER gets choose.html, .json, .csv and .md.
     """
     config, chosen = _tuning(pairs, steps, batch_size, block_size, loss_on), _seeds(seeds)
     cut, stages = cut_of(first, last, at, split), Stages()
@@ -89,11 +113,12 @@ def choose(
         require_matplotlib()
     with stages(f"opening {model}"):
         start = provisional_split() if isinstance(cut, SpreadSplit) else cut
-        owner = ModelOwner.from_pretrained(model, start, device=config.device)
+        owner = ModelOwner.from_pretrained(model, start, head=head_of(head), device=config.device)
     if isinstance(cut, SpreadSplit):
         with stages(f"placing the adapter: {cut}"):
             crash = parse_emulator("crash")
-            owner = split_owner(owner, cut, crash, calibration, calibration_tokens, config.block_size, 0)
+            tokens = calibration_tokens or (calibration_examples or 0) * config.block_size or 8192
+            owner = split_owner(owner, cut, crash, calibration, tokens, config.block_size, 0)
     with stages("comparing emulators"):
         choice = compare(
             owner,
@@ -112,6 +137,11 @@ def choose(
             calibration_tokens=calibration_tokens,
             held_out_tokens=held_out_tokens,
             test_tokens=test_tokens,
+            calibration_examples=calibration_examples,
+            held_out_examples=held_out_examples,
+            test_examples=test_examples,
+            head_from=head_from,
+            repair=repair,
             progress=True,
             name=Path(model).name,
         )

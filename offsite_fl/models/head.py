@@ -102,7 +102,7 @@ def head_parameters(model: nn.Module, head: Sequence[str]) -> dict[str, nn.Param
 
 
 def by_slot_names(model: nn.Module, head: Sequence[str]) -> dict[str, nn.Parameter]:
-    """All parameters of a model that is tuned whole, those of the ``head`` under slot names, by which go their rates."""
+    """All parameters of a model that is tuned whole; the ``head`` has slot names, by which its learning rate goes."""
     return {HEAD + name if name in head else name: p for name, p in model.named_parameters()}
 
 

@@ -8,7 +8,7 @@
 set -eu
 digits="${OFFSITE_FL_CACHE:-$HOME/.cache/offsite-fl}/digits-1" model=runs/digits-model seeds=3 full=
 if [ $# = 0 ]; then
-    seeds=1 full="--full-fine-tuning --full-lr 5e-5 --full-lr 1e-4"
+    seeds=1 full="--full-fine-tuning --full-lr 1e-5 --full-lr 3e-5"
     set -- "low-rank:keep=0.5" "low-rank:keep=0.2" "low-rank:keep=0.1,mode=plain" "gradot:keep=0.1" "smooth:keep=0.1" \
         "prune:keep=0.1,mode=structured" "crash:keep=2" "layer-drop:keep=2" "first:keep=1" "last:keep=1" \
         "random:keep=1" "quantize:bits=4,group=0"

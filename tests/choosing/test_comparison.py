@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerFast
 
 from offsite_fl.choosing import Choice, choose
 from offsite_fl.choosing.bench import Bench
+from offsite_fl.choosing.parts import read_parts
 from offsite_fl.choosing.settings import Settings
-from offsite_fl.choosing.texts import read_texts
 from offsite_fl.config import TuneConfig
 from offsite_fl.data_owner import DataOwner
-from offsite_fl.errors import OffsiteError
+from offsite_fl.errors import ConfigError, OffsiteError
 from offsite_fl.measure import Measure
 from offsite_fl.models.split import Split
 from offsite_fl.owner import ModelOwner
@@ -131,26 +131,29 @@ def test_the_numbers_are_those_of_the_two_parties(owner: ModelOwner, tmp_path: P
     """The same by way of a bundle on disk, a data owner who opens it, and the five rows."""
     config = replace(FAST, lora_rank=lora_rank)
     before = state_of(owner.model)
-    compare(owner, tmp_path / "choice", tune=config, seeds=(3,))
+    compare(owner, tmp_path / "choice", tune=config, seeds=(3,), repair=True)
     assert same(before, state_of(owner.model))
     found = cells(tmp_path / "choice")[1]["tuned"]
     settings = Settings(tune=config, held_out_tokens=64)
-    texts = read_texts(owner.tokenizer, settings, PUBLIC, PRIVATE)
+    texts = read_parts(owner.examples, owner.pad_id, settings, PUBLIC, PRIVATE)
     assert texts.private is not None
     bundle = owner.make_bundle(SPEC, tmp_path / "bundle", seed=3)
     update = DataOwner.open(bundle).tune(
         texts.private.train, replace(config, seed=3), validation=texts.private.validation
     )
     measure = Measure(owner, texts.private.test, block_size=16)
+    repair = owner.measure_repair(texts.calibration, replace(config, seed=3))
     expected = {
         "zero_shot": measure.full_zero_shot(),
         "emulator_zero_shot": measure.emulator_zero_shot(),
         "emulator_tuned": measure.emulator_tuned(update.tensors, update.lora),
         "plug_in": measure.plug_in(update.tensors, update.lora),
+        "without_repair": measure.plug_in(update.tensors, update.lora, repair),
     }
     for name, row in expected.items():
         assert found[name] == pytest.approx(row.loss, abs=1e-5), name
     assert found["plug_in"] != pytest.approx(found["zero_shot"], abs=1e-4)
+    assert found["without_repair"] != pytest.approx(found["plug_in"], abs=1e-5)
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
@@ -227,6 +230,21 @@ def test_long_methods_get_a_folder_that_goes_with_the_cell(
     compare(owner, tmp_path, candidates=(spec,))
     assert not list((tmp_path / "work").iterdir())
     assert cells(tmp_path)[-1]["spec"] == spec
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_repair_is_measured_where_it_is_asked_for(owner: ModelOwner, tmp_path: Path) -> None:
+    """The reference has none, so it serves both."""
+    compare(owner, tmp_path)
+    compare(owner, tmp_path, repair=True)
+    assert specs(tmp_path) == ["uncompressed", SPEC, SPEC]
+
+
+def test_options_of_classifiers_are_refused(owner: ModelOwner, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"test-examples doesn't fit a model for causal-lm.* give test-tokens"):
+        compare(owner, tmp_path, test_examples=5)
+    with pytest.raises(ConfigError, match="head-from is for classifiers"):
+        compare(owner, tmp_path, head_from="model")
 
 
 def test_families(

@@ -8,9 +8,10 @@ import pytest
 
 from offsite_fl.choosing.choice import Choice
 from offsite_fl.choosing.frontier import frontier
+from offsite_fl.choosing.kinds import CLASSES
 from offsite_fl.choosing.page import render_choice
 from offsite_fl.choosing.settings import Settings
-from tests.choosing.conftest import cell, references
+from tests.choosing.conftest import cell, references, right
 from tests.evaluation.test_page import Reader
 
 SEEDS = (0, 1)
@@ -58,6 +59,26 @@ def test_the_page_fetches_nothing_and_runs_nothing(tuned: bool) -> None:
         assert not name.startswith("on")
         assert name not in ("src", "srcset", "xlink:href") and (name != "href" or value.startswith("#"))
     assert "http://" not in page and "https://" not in page and "default-src 'none'" in page
+
+
+def test_classes_are_drawn_and_told_in_accuracy_and_loss() -> None:
+    """One that protects by both, and one whose emulator is calmer and yet less often right than the plug-in."""
+    numbers = {"c-both": ((4.5, 3.5), right(0.5, 0.45, 0.8)), "c-calm": ((3.0, 3.5), right(0.5, 0.4, 0.7))}
+    cells = references(SEEDS, classes=True)
+    cells += [
+        cell(name, s, tuned=losses, accuracy=shares, without_repair=3.25)
+        for name, (losses, shares) in numbers.items()
+        for s in SEEDS
+    ]
+    choice = Choice.of(cells, Settings(seeds=SEEDS, kind=CLASSES, repair=True))
+    page = render_choice(choice)
+    reader = Reader(page)
+    assert reader.seen.count("svg") == 2 and len(reader.ids) == len(set(reader.ids))
+    assert [s.verdict for s in choice.standings] == ["protects", "protects"] and choice.best is choice.standings[0]
+    for said in ("The frontier in accuracy", "The frontier in loss", "80.0%", "35.0", "plug-in, loss", "3.500"):
+        assert said in reader.text, said
+    assert "90.0% on the uncompressed model" in reader.text.replace(" ± 0.0", "") and "per token" not in reader.text
+    assert "public text" not in reader.text and "nearest" in reader.text
 
 
 def test_every_candidate_with_numbers_is_a_numbered_dot() -> None:

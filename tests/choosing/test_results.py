@@ -10,7 +10,7 @@ import pytest
 
 from offsite_fl.choosing.results import Cell, RateTried, ScaleTried
 from offsite_fl.errors import DataError
-from tests.choosing.conftest import cell
+from tests.choosing.conftest import cell, right
 
 
 def through_json(given: Cell) -> Cell:
@@ -25,6 +25,14 @@ def test_round_trip() -> None:
     assert through_json(given) == given
     failed = cell(error="no room")
     assert through_json(failed) == failed
+
+
+def test_accuracies_and_cells_from_before_there_were_any() -> None:
+    given = cell(accuracy=right(0.5, 0.4, 0.8), without_repair=3.4)
+    assert through_json(given) == given
+    old = cell().to_dict()
+    del old["tuned"]["accuracy"], old["tuned"]["without_repair"]
+    assert Cell.from_dict(old) == cell()
 
 
 def test_a_loss_that_is_no_number() -> None:

@@ -7,12 +7,14 @@ import math
 import pytest
 
 from offsite_fl.choosing.budget import Budget
+from offsite_fl.choosing.kinds import CLASSES
 from offsite_fl.choosing.over_seeds import OverSeeds
 from offsite_fl.choosing.ranking import ranked, recommend
 from offsite_fl.choosing.results import Cell, ScaleTried
 from offsite_fl.choosing.standing import Reference, Standing, standing_of
+from offsite_fl.choosing.yardstick import ACCURACY
 from offsite_fl.errors import ConfigError
-from tests.choosing.conftest import cell, references
+from tests.choosing.conftest import cell, references, right
 
 HALF = Budget(share=0.5)
 
@@ -40,6 +42,52 @@ def test_three_seeds_by_hand() -> None:
     assert found.plug_in.standard_error == pytest.approx(0.1 / math.sqrt(3))
     assert found.gap is not None and found.gap.values == pytest.approx((1.0, 1.2, 1.4))
     assert found.of_adapter is not None and found.of_adapter.values == pytest.approx((0.6, 0.5, 0.4))
+
+
+def of_classes(*cells: Cell, seeds: tuple[int, ...] = (0,)) -> Standing:
+    return standing_of(cells, Reference.of(references(seeds, classes=True)), HALF, ACCURACY)
+
+
+def test_accuracy_by_hand() -> None:
+    """Untuned 50 %, tuned emulator 45 %, plug-in 80 %; the adapter can reach 90 %, full fine-tuning 100 %."""
+    found = of_classes(cell(tuned=(3.4, 3.5), accuracy=right(0.5, 0.45, 0.8)))
+    assert found.accuracy is not None and found.accuracy.gap is not None and found.gap is not None
+    assert found.accuracy.gap.mean == pytest.approx(0.35) and found.gap.mean == pytest.approx(-0.1)
+    assert found.accuracy.margin is not None and found.accuracy.margin.mean == pytest.approx(0.05)
+    assert found.accuracy.of_adapter is not None and found.accuracy.of_adapter.mean == pytest.approx(0.75)
+    assert found.accuracy.recovered is not None and found.accuracy.recovered.mean == pytest.approx(0.6)
+    assert found.verdict == "protects"  # by the accuracies, whatever the losses say
+
+
+@pytest.mark.parametrize(
+    ("numbers", "verdict"),
+    [((0.5, 0.6, 0.8), "gives the model away"), ((0.5, 0.77, 0.8), "gap not clear"), ((0.5, 0.5, 0.8), "protects")],
+)
+def test_verdicts_by_accuracy(numbers: tuple[float, float, float], verdict: str) -> None:
+    assert of_classes(cell(tuned=(4.5, 3.5), accuracy=right(*numbers))).verdict == verdict
+
+
+def test_of_classes_the_most_accurate_plug_in_is_taken() -> None:
+    """The other one has the better loss."""
+    made = [
+        of_classes(cell("calm", tuned=(5.0, 3.0), accuracy=right(0.5, 0.4, 0.7))),
+        of_classes(cell("right", tuned=(5.0, 3.6), accuracy=right(0.5, 0.4, 0.8))),
+    ]
+    said = recommend(ranked(made, ACCURACY), "50%", 0.5, 3.0, CLASSES)
+    assert said.best is not None and said.best.spec == "right"
+    assert "80.0% right against 50.0% untuned" in said.why and "40.0 points behind the plug-in" in said.why
+
+
+def test_of_classes_what_gains_nothing_is_not_taken() -> None:
+    worse = of_classes(cell("worse", tuned=(5.0, 2.0), accuracy=right(0.5, 0.3, 0.45)))
+    said = recommend([worse], "50%", 0.5, 3.0, CLASSES)
+    assert said.best is None and "45.0% right against 50.0% untuned, so nothing is gained" in said.why
+
+
+def test_the_plug_in_without_the_repair_over_seeds() -> None:
+    found = stand(*(cell(seed=s, without_repair=3.2 + 0.2 * s) for s in (0, 1)), seeds=(0, 1))
+    assert found.without_repair is not None and found.without_repair.values == pytest.approx((3.2, 3.4))
+    assert stand(cell(without_repair=3.2), cell(seed=1), seeds=(0, 1)).without_repair is None
 
 
 def test_without_full_fine_tuning_nothing_is_said_of_it() -> None:

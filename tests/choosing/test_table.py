@@ -7,10 +7,12 @@ from pathlib import Path
 from rich.console import Console
 
 from offsite_fl.choosing.choice import Choice
+from offsite_fl.choosing.kinds import CLASSES
+from offsite_fl.choosing.over_seeds import OverSeeds, points, rate
 from offsite_fl.choosing.results import ScaleTried
 from offsite_fl.choosing.settings import Settings
-from offsite_fl.choosing.table import columns_of, rich_table, to_markdown
-from tests.choosing.conftest import cell, references
+from offsite_fl.choosing.table import columns_of, reference_lines, rich_table, to_markdown
+from tests.choosing.conftest import cell, references, right
 
 LONG = "low-rank:keep=0.975,targets=q_proj/k_proj/v_proj/o_proj+quantize:bits=4,group=0"
 
@@ -53,6 +55,27 @@ def test_columns_say_only_what_was_measured() -> None:
     assert "scale" not in names(choice())
     assert {"scale", "plug-in scaled"} <= names(choice(scales=(ScaleTried(0.5, 3.0, 3.5),)))
     assert names(choice(tuned=False)) == {"bytes", "verbatim", "FLOPs", "cosine", "public loss"}
+
+
+def test_numbers_for_people_by_hand() -> None:
+    """Accuracies 75 % and 78 %: mean 76.5 %, sample deviation 3 / sqrt(2) = 2.12 points."""
+    two = OverSeeds.of([0.75, 0.78])
+    assert rate(two) == "76.5% ± 2.1" and points(two) == "76.5 ± 2.1"
+    assert rate(OverSeeds.of([0.5])) == "50.0%" and points(OverSeeds.of([-0.034])) == "-3.4" and rate(None) == ""
+
+
+def test_of_classes_the_plain_columns_are_accuracies_and_losses_have_their_name() -> None:
+    cells = [*references(classes=True), cell("one", accuracy=right(0.5, 0.45, 0.8), without_repair=3.25)]
+    made = Choice.of(cells, Settings(kind=CLASSES, repair=True), out=Path())
+    (standing,) = made.standings
+    texts = {column.name: column.text(standing) for column in columns_of(made)}
+    assert texts["plug-in"] == "80.0%" and texts["gap"] == "35.0" and texts["of adapter"] == "75%"
+    assert texts["plug-in, loss"] == "3.500" and texts["gap, loss"] == "1.000" and texts["recovered"] == "60%"
+    (_, best), (_, full) = reference_lines(made)
+    assert best["plug-in"] == "90.0%" and best["plug-in, loss"] == "3.000" and best["recovered"] == "80%"
+    assert full["plug-in"] == "100.0%" and full["plug-in, loss"] == "2.000" and best["emulator zero-shot"] == "50.0%"
+    assert {*best, *full} <= set(texts)
+    assert "80.0%" in printed(made, 80) and "loss" not in printed(made, 80)
 
 
 def test_markdown_is_a_table_of_equal_rows() -> None:

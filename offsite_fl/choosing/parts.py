@@ -1,33 +1,34 @@
-"""The texts of a comparison as examples, each part apart from the others, and digests that name them."""
+"""What a comparison is made on, as examples: each part apart from the others, and digests that name them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets  # type: ignore[import-untyped,unused-ignore]
-from transformers import PreTrainedTokenizerBase
 
 from offsite_fl.choosing.settings import Settings
-from offsite_fl.data.examples import split_examples, to_examples
-from offsite_fl.data.loader import Batch, make_loader, pad_id_of
+from offsite_fl.config import LossOn
+from offsite_fl.data.contents import contents_of
+from offsite_fl.data.examples import split_examples
+from offsite_fl.data.images import LABELS, transform_of
+from offsite_fl.data.loader import Batch, make_loader
 from offsite_fl.data.sources import Source
 from offsite_fl.errors import ConfigError, DataError
 
 Sources: TypeAlias = Source | Sequence[Source]
+Reader: TypeAlias = Callable[[Source, int, LossOn], Dataset]
 
-# Enough to rank learning rates by; more would cost each candidate as much as its tuning.
-VALIDATION_EXAMPLES = 16
 HELD_BACK = 0.1
 
 
 @dataclass(frozen=True)
 class Private:
-    """A data owner's text in three disjoint parts: to tune on, to choose the learning rate by, and to measure on."""
+    """A data owner's examples in three disjoint parts: to tune on, to choose the learning rate by, to measure on."""
 
     train: Dataset
     validation: Dataset
@@ -35,8 +36,8 @@ class Private:
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Public text that methods work on (``calibration``) and that they never see (``public``), and private text."""
+class Parts:
+    """Public examples that methods work on (``calibration``), those that they never see (``public``), and private."""
 
     calibration: Dataset
     public: Dataset
@@ -48,46 +49,55 @@ class Texts:
         return tuple(make_loader(examples, batch_size, pad_id=self.pad_id))
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of the tokens and labels of each part."""
+        """SHA-256 of the contents and labels of each part, and of how images become pixels."""
         parts = {"calibration": self.calibration, "public": self.public}
         if self.private is not None:
             private = self.private
             parts |= {"train": private.train, "validation": private.validation, "test": private.test}
-        return {name: digest_of(examples) for name, examples in parts.items()}
+        found = {name: digest_of(examples) for name, examples in parts.items()}
+        pixels = transform_of(self.calibration)
+        if pixels is not None:
+            found["processor"] = hashlib.sha256(pixels.processor.to_json_string().encode()).hexdigest()
+        return found
 
 
-def read_texts(
-    tokenizer: PreTrainedTokenizerBase,
+def read_parts(
+    read: Reader,
+    pad_id: int,
     settings: Settings,
     calibration: Source,
     data: Sources | None = None,
     test: Source | None = None,
-) -> Texts:
-    """Tokenise and divide all sources; ``DataError`` says which is too short or unreadable."""
+) -> Parts:
+    """Read and divide all sources; ``DataError`` says which is too short or unreadable.
+
+    ``read`` makes examples of a source, a number of tokens and what the loss is on, as ``ModelOwner.examples`` does.
+    """
     if test is not None and data is None:
         raise ConfigError("test data measure tuned candidates, so they need data to tune on: give data too")
     size, loss_on = settings.tune.block_size, settings.tune.loss_on
-    fit, held_out = _divide_public(to_examples(calibration, tokenizer, block_size=size), settings)
+    fit, held_out = _divide_public(read(calibration, size, "all"), settings)
     private = None
     if data is not None:
         several = data if isinstance(data, list | tuple) else [data]
-        pooled = [to_examples(source, tokenizer, block_size=size, loss_on=loss_on) for source in several]
+        pooled = [read(source, size, loss_on) for source in several]
         if not pooled:
             raise DataError("data: give at least one source")
-        measured = None if test is None else to_examples(test, tokenizer, block_size=size, loss_on=loss_on)
+        measured = None if test is None else read(test, size, loss_on)
         private = _divide_private(concatenate_datasets(pooled), measured, settings)
-    return Texts(fit, held_out, private, pad_id_of(tokenizer))
+    return Parts(fit, held_out, private, pad_id)
 
 
 def _divide_public(examples: Dataset, settings: Settings) -> tuple[Dataset, Dataset]:
-    """The text that methods may use, and what follows it; of a short text an eighth is kept apart."""
-    size = settings.tune.block_size
+    """What methods may use, and what follows it; where there is little an eighth is kept apart."""
     if len(examples) < 3:
+        of = f" of {settings.tune.block_size} tokens" if settings.kind.unit == "tokens" else ""
         raise DataError(
-            f"the calibration text makes {len(examples)} example(s) of {size} tokens, at least 3 are needed: two to "
-            "work on and one held out; give more text or a smaller block-size"
+            f"the calibration source makes {len(examples)} example(s){of}, at least 3 are needed: two to work on and "
+            f"one held out; give more{' text or a smaller block-size' if of else ''}"
         )
-    fit, held = max(2, settings.calibration_tokens // size), max(1, settings.held_out_tokens // size)
+    examples = settings.kind.arranged(examples)
+    fit, held = max(2, settings.most("calibration")), settings.most("held_out")
     if fit + held > len(examples):
         held = min(held, max(1, len(examples) // 8))
         fit = min(fit, len(examples) - held)
@@ -96,26 +106,29 @@ def _divide_public(examples: Dataset, settings: Settings) -> tuple[Dataset, Data
 
 def _divide_private(pooled: Dataset, test: Dataset | None, settings: Settings) -> Private:
     """The same parts for every candidate and seed, so that only what is compared differs."""
-    seed = settings.tune.seed
+    seed, kind = settings.tune.seed, settings.kind
     if test is None:
         pooled, test = split_examples(pooled, HELD_BACK, seed)
     train, validation = split_examples(pooled, HELD_BACK, seed)
     assert test is not None and validation is not None  # a share above 0 was held back
-    most = max(1, settings.test_tokens // settings.tune.block_size)
     return Private(
         train,
-        validation.select(range(min(len(validation), VALIDATION_EXAMPLES))),
-        test.select(range(min(len(test), most))),
+        _first(kind.arranged(validation), kind.validation),
+        _first(kind.arranged(test), settings.most("test")),
     )
 
 
+def _first(examples: Dataset, most: int) -> Dataset:
+    return examples.select(range(min(len(examples), most)))
+
+
 def digest_of(examples: Dataset) -> str:
-    """SHA-256 over the token ids and labels of ``examples``."""
+    """SHA-256 over the contents (token ids, or an image's own digest) and the labels of ``examples``."""
     total = hashlib.sha256()
-    for row in examples:
-        for column in ("input_ids", "labels"):
-            values = np.asarray(row[column], dtype=np.int64)
-            total.update(len(values).to_bytes(8, "big") + values.tobytes())
+    for row in zip(contents_of(examples), examples.with_format(None)[LABELS], strict=True):
+        for entry in row:
+            values = np.frombuffer(entry, np.uint8) if isinstance(entry, bytes) else np.atleast_1d(entry)
+            total.update(len(values).to_bytes(8, "big") + values.astype(np.int64).tobytes())
     return total.hexdigest()
 
 
