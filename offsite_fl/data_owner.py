@@ -143,8 +143,12 @@ class DataOwner:
         """
         self.reset()
         inside = lora_inside(self.model, self.plan, options, seed)
-        if factors is not None:
-            inside.load(factors)
+        try:
+            if factors is not None:
+                inside.load(factors)
+        except UpdateError:
+            inside.remove()  # or nobody could, and the network would stay as it is for whoever works with it next
+            raise
         return inside
 
     def tune(

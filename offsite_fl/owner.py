@@ -42,6 +42,7 @@ from offsite_fl.models.network import (
     plan_network,
     shared_tensors,
 )
+from offsite_fl.models.padding import need_padding
 from offsite_fl.models.plug import adapter_tensors, plug_in, swapped_in
 from offsite_fl.models.processors import Processor, check_processor, need_tokenizer, on_pil
 from offsite_fl.models.split import Split
@@ -85,6 +86,8 @@ class ModelOwner:
         self.head = choose_head(model, self.blocks.path, self.task, head)
         if self.task in CLASSIFICATION:
             check_processor(processor, self.task)
+        if self.task == "sequence-classification":
+            need_padding(self.model)
         self.adapter_indices: tuple[int, ...] = self.split.resolve(self.blocks.depth)
         self.report: EmulatorReport | None = None
         self.emulator = ""

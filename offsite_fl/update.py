@@ -24,7 +24,8 @@ class Update:
     """New values for the adapter of the bundle named ``digest``.
 
     ``tensors`` carry slot names: ``adapter.0.self_attn.q_proj.weight`` for a full adapter,
-    ``adapter.0.self_attn.q_proj.lora_A.weight`` (and ``lora_B``) when ``lora`` is set. fp32, on the CPU.
+    ``adapter.0.self_attn.q_proj.lora_A.weight`` (and ``lora_B``) when ``lora`` is set; a head's are
+    ``adapter.head.{path}`` either way. fp32, on the CPU.
     """
 
     tensors: Mapping[str, torch.Tensor]

@@ -95,6 +95,15 @@ def test_texts_are_filled_up_with_what_the_model_takes_for_padding(tmp_path):
     torch.testing.assert_close(model(**batch).logits[:1], alone)
 
 
+def test_a_decoder_without_a_padding_token_is_refused_before_any_work_and_an_encoder_is_not():
+    model, tokenizer = make_classifier("llama", pad_token_id=None), make_tokenizer()
+    with pytest.raises(ModelError, match=r"several texts at once.*Set pad_token_id in its config"):
+        ModelOwner(model, tokenizer, ENDS)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    assert ModelOwner(model, tokenizer, ENDS).pad_id == tokenizer.pad_token_id
+    ModelOwner(make_classifier("bert", pad_token_id=None), tokenizer, ENDS)
+
+
 @pytest.mark.parametrize("kind", ["vit", "bert"])
 def test_the_saved_model_is_an_ordinary_classifier(kind, tmp_path):
     owner = make_owner(kind)
@@ -190,6 +199,8 @@ def test_an_update_of_factors_without_its_head_changes_nothing(tmp_path):
     lost = {name: tensor for name, tensor in update.tensors.items() if not is_head(name)}
     with pytest.raises(UpdateError, match=r"adapter\.head\.classifier"):
         owner.plug_in(replace(update, tensors=lost))
+    with pytest.raises(UpdateError, match=r"missing tensor of the head 'adapter\.head\.classifier"):
+        site.lora(update.lora, factors=lost)
     assert all(torch.equal(value, before[name]) for name, value in owner.adapter().items())
 
 

@@ -121,6 +121,21 @@ def test_a_site_that_is_called_by_its_node_s_number_stays_the_same_site(owner: M
     assert "OtherPublicText" in server.asks([(5, 4)], 2)
 
 
+# What stays behind --------------------------------------------------------------------------------------------------
+
+
+def test_factors_of_nan_to_evaluate_leave_nothing_in_the_network_of_the_next_message(
+    owner: ModelOwner, tmp_path: Path
+) -> None:
+    server = Hostile(owner, two_sites(tmp_path)[500])
+    tune = replace(TUNE, lora_rank=1, validation_share=0.5)
+    factors = {name: torch.full_like(value, torch.nan) for name, value in owner.initial_state(tune.lora).items()}
+    settings = {names.DIGEST: server.digest, "server-round": 1, **tune_to_config(tune)}
+    content = RecordDict({"arrays": encode(factors, factors)[0], "config": ConfigRecord(settings)})
+    assert "values that aren't finite" in server.send("evaluate", content)
+    assert server.train() == ""
+
+
 # Memory -------------------------------------------------------------------------------------------------------------
 
 HUGE = 2**40

@@ -34,8 +34,8 @@ DTYPE_NAMES = {
 # Keys of tokenizer_config.json that name other files or code. transformers would follow them out of the bundle.
 _OUTWARD = re.compile(r"auto_map|custom_.*|.*_files?")
 # Integers of a transformers config that say how often something is repeated, which costs time and memory to build.
-_LAYERS = re.compile(r"(?:n|num|max|encoder|decoder)_(?:.*_)?layers?|depth")
-_PARTS = re.compile(r"num_.*|n_heads?|.*experts?.*")
+_LAYERS = re.compile(r"(?:n|num|max|encoder|decoder)_(?:.*_)?layers?|(?:.*_)?(?:layers|depths?)")
+_PARTS = re.compile(r"(?:num_.*|n_heads?|.*experts?.*)(?<!_size)")
 
 
 def outward_keys(config: dict[str, Any]) -> list[str]:
@@ -107,6 +107,17 @@ def _check_image_processor(config: dict[str, Any], limits: Limits, where: str) -
                 raise BundleError(
                     f"{where}: the image processor has {show(key)} = {show(number)}, the limit is {limit:g}"
                 )
+    side, patches = (max(map(abs, _numbers_of(config, part)), default=1) for part in ("size", "patches"))
+    if patches * side**2 > limits.max_image_side**2:
+        raise BundleError(
+            f"{where}: the image processor makes {patches} patches of up to {side} x {side} pixels of an image, the "
+            f"limit is {limits.max_image_side} x {limits.max_image_side} pixels in all"
+        )
+
+
+def _numbers_of(config: dict[str, Any], part: str) -> Iterator[int | float]:
+    """The numbers under all keys that have ``part`` in their name."""
+    return _numbers([value for key, value in config.items() if part in key])
 
 
 def _numbers(value: Any) -> Iterator[int | float]:

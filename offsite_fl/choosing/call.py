@@ -15,7 +15,7 @@ from offsite_fl.choosing.settings import Settings, default_tune
 from offsite_fl.config import TuneConfig, check, kebab
 from offsite_fl.data.sources import Source
 from offsite_fl.emulators.budget import stored_bytes
-from offsite_fl.errors import ConfigError
+from offsite_fl.errors import ConfigError, ModelError
 from offsite_fl.evaluation.record import versions
 from offsite_fl.heads import nearest_class_mean_head
 from offsite_fl.models.blocks import block_list
@@ -143,7 +143,10 @@ def _first_head(owner: ModelOwner, settings: Settings, parts: Parts) -> Iterator
     if not owner.head:
         raise ConfigError("this classifier's head isn't trained, so none is made for it: give head-from = model")
     with owner.plugged_in(owner.adapter()) as model:
-        nearest_class_mean_head(model, parts.batches(parts.calibration), owner.head)
+        try:
+            nearest_class_mean_head(model, parts.batches(parts.calibration), owner.head)
+        except ModelError as error:
+            raise ModelError(f"{error}; or keep the head that the model has: give head-from = model") from error
         yield
 
 

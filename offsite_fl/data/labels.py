@@ -66,8 +66,12 @@ class Classes:
 
 
 def named_labels(table: Table, column: str) -> Sequence[Any]:
-    """The labels of a table: by name where it tells names of classes that aren't just numbers."""
+    """The labels of a table: by name where it tells names of classes that aren't just numbers.
+
+    What isn't a number stays as it is: a column may have been replaced, and the names of the old one be still there.
+    """
     names, values = table.classes.get(column, ()), table.columns[column]
     if all(name.isdecimal() for name in names):
         return values
-    return [None if value is None or not 0 <= value < len(names) else names[value] for value in values]
+    known = dict(enumerate(names))
+    return [known.get(value) if type(value) is int else value for value in values]

@@ -68,11 +68,12 @@ def find_blocks(model: nn.Module) -> Blocks:
     best = [path for path, blocks in candidates.items() if len(blocks) == longest]
     if len(best) == 1:
         return _describe(best[0], candidates[best[0]])
-    seen = ", ".join(f"{path} ({_classes(blocks)})" for path, blocks in lists.items()) or "no ModuleList at all"
+    every = {**lists, **candidates}
+    seen = ", ".join(f"{path} ({_classes(blocks)})" for path, blocks in every.items()) or "no ModuleList at all"
     what = "several lists of blocks fit equally well" if best else "no list of repeated blocks"
     raise ModelError(
-        f"{what} in {type(model).__name__}; seen: {seen}. A transformer should hold its blocks in one nn.ModuleList of "
-        "one class; for other families add a row to offsite_fl/models/overrides.py"
+        f"{what} in {type(model).__name__}; seen: {seen}. A transformer should hold its blocks in one nn.ModuleList "
+        "or nn.Sequential of one class; for other families add a row to offsite_fl/models/overrides.py"
     )
 
 

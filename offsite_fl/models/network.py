@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped,unused-ignore]
 from torch import nn
-from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from offsite_fl.errors import ModelError
 from offsite_fl.models.blocks import BlockList, Blocks, block_list
@@ -28,7 +28,7 @@ from offsite_fl.models.head import check_head, head_parameters, read_head, slot_
 from offsite_fl.models.likeness import check_alike
 from offsite_fl.models.linears import QuantizedLinear, apply_linears, describe_linears
 from offsite_fl.models.outside import outside_blocks
-from offsite_fl.models.overrides import DEPTH_TABLES, NAMES_ALONE
+from offsite_fl.models.overrides import DEPTH_TABLES, HUB_BACKBONES, NAMES_ALONE
 from offsite_fl.models.tasks import TASKS, build_model, check_task, task_of
 from offsite_fl.registry import near
 
@@ -132,8 +132,9 @@ def _read_layout(data: Any) -> tuple[Place, ...]:
 def _check_config(config: Any, where: str = "config") -> None:
     if not isinstance(config, dict) or (where == "config" and not isinstance(config.get("model_type"), str)):
         raise ModelError(f"network plan: {where} must be an object with a model_type")
+    own_backbone = config.get("model_type") == "timm_backbone"
     for key, value in config.items():
-        if key in FORBIDDEN_CONFIG_KEYS or key.startswith("_"):
+        if key in FORBIDDEN_CONFIG_KEYS or key.startswith("_") or (key in HUB_BACKBONES and not own_backbone):
             raise ModelError(f"network plan: {where} may not carry {key!r}")
         if isinstance(value, dict):
             _check_config(value, f"{where}.{key}")
@@ -207,7 +208,7 @@ def _bare(plan: NetworkPlan) -> nn.Module:
     values = {k: v for k, v in plan.config.items() if k != "model_type"}
     try:
         # By its own reading of files, which may know names that its constructor doesn't (timm's classes).
-        config = type(AutoConfig.for_model(plan.config["model_type"])).from_dict(values)
+        config = _config_class(plan.config["model_type"]).from_dict(values)
         for key, value in values.items():  # T5's config doesn't take every tie_word_embeddings that it is given
             if isinstance(value, (bool, int, float, str)) and vars(config).get(key, value) != value:
                 setattr(config, key, value)
@@ -221,13 +222,20 @@ def _bare(plan: NetworkPlan) -> nn.Module:
     except ModelError:
         raise
     except Exception as error:  # foreign data reaches many constructors; all their complaints mean the same here
-        reason = " ".join(str(error).split())  # of an unknown type transformers lists all that it knows
+        reason = " ".join(str(error).split())
         reason = reason if len(reason) <= 300 else reason[:297] + "..."
         raise ModelError(f"network plan: transformers can't build {plan.config['model_type']!r}: {reason}") from error
     blocks = _network_blocks(network, plan)
     if len(blocks) != len(plan.layout):
         raise ModelError(f"network plan: the config makes {len(blocks)} blocks, the layout has {len(plan.layout)}")
     return network
+
+
+def _config_class(model_type: str) -> Any:
+    """The class of configs of ``model_type``; making one with its defaults to ask it isn't always possible."""
+    if model_type not in CONFIG_MAPPING:
+        raise ModelError(f"network plan: transformers can't build {model_type!r}: it knows no model of this type")
+    return CONFIG_MAPPING[model_type]
 
 
 def _told_depth(config: Any, expected: int) -> int:

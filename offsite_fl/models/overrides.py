@@ -17,6 +17,8 @@ HEADS: dict[str, tuple[str, ...]] = {
 }
 # Entries that a library may take for an address of a model ("hf-hub:owner/name"): foreign data may have plain names.
 NAMES_ALONE = ("architecture", "backbone")
+# Entries by which transformers finds a backbone's config: where they aren't a timm backbone's own, it asks the hub.
+HUB_BACKBONES = ("backbone", "backbone_kwargs", "use_timm_backbone")
 # Flags that tie a block's function to its absolute index, which a client doesn't have.
 INDEX_DEPENDENT_FLAGS = ("scale_attn_by_inverse_layer_idx",)
 # Entries that list the indices of some blocks; in a cut network they name the places that these blocks have there.

@@ -262,15 +262,19 @@ def check_rank(shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def check_factors(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
-    """``UpdateError`` unless ``tensors`` are exactly the expected ones, of their shapes and finite."""
+    """``UpdateError`` unless factors and head are exactly the expected ones, of their shapes and finite."""
     for kind, names in (("missing", expected.keys() - tensors.keys()), ("unknown", tensors.keys() - expected.keys())):
         if names:
-            raise UpdateError(f"{kind} LoRA factor {min(names)!r} ({len(names)} in all)")
+            raise UpdateError(f"{kind} {_called(min(names))} ({len(names)} in all)")
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
-            raise UpdateError(f"LoRA factor {name!r} has shape {tuple(tensors[name].shape)}, must be {shape}")
+            raise UpdateError(f"{_called(name)} has shape {tuple(tensors[name].shape)}, must be {shape}")
         if not tensors[name].isfinite().all():
-            raise UpdateError(f"LoRA factor {name!r} holds values that aren't finite")
+            raise UpdateError(f"{_called(name)} holds values that aren't finite")
+
+
+def _called(name: str) -> str:
+    return f"{'tensor of the head' if is_head(name) else 'LoRA factor'} {name!r}"
 
 
 def _inject(block: nn.Module, paths: list[str], options: LoraOptions) -> None:

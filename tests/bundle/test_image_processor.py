@@ -81,10 +81,21 @@ def test_the_processor_makes_the_same_pixels(bundle):
         (lambda c: c.update(image_processor_type="Qwen2VLImageProcessor", min_pixels=10**12), "limit is 4096"),
         (lambda c: c.update(image_processor_type="ConvNextImageProcessor", crop_pct=1e-6), r"limit is 0\.004096"),
         (lambda c: c.update(pad_size={"height": float("nan"), "width": 1}), "limit is 4096"),
+        (
+            lambda c: c.update(max_patches=4096, size={"height": 2048, "width": 64}),
+            r"4096 patches .* 4096 x 4096 pixels in all",
+        ),
     ],
 )
 def test_forged_processors_are_refused(bundle, tmp_path, edit, said):
     refused(forged(bundle, tmp_path / "forged", edit), said)
+
+
+@pytest.mark.parametrize(("patches", "side"), [(12, 384), (256, 16)])
+def test_patches_of_moderate_size_pass(bundle, tmp_path, patches, side):
+    """GotOcr2 cuts an image into 12 patches of 384 x 384, SigLIP 2 into 256 of 16 x 16."""
+    size = {"height": side, "width": side}
+    open_bundle(forged(bundle, tmp_path / "forged", lambda c: c.update(max_patches=patches, size=size)))
 
 
 def test_the_limit_on_sides_is_the_sites_own(bundle):

@@ -172,6 +172,18 @@ def test_a_site_can_set_its_own_limits(bundle: Bundle, limits: Limits, message: 
     refused(bundle.path, message, limits=limits)
 
 
+@pytest.mark.parametrize("key", ["depths", "layers"])
+def test_the_blocks_of_every_stage_are_counted_before_any_is_made(forge: Forge, key: str) -> None:
+    folder = forge(set_path("plan", "config", "model_args", to={key: [2, 2**20]}))
+    refused(folder, f"network plan has '{key}' = 1048576, the limit is 1024")
+
+
+def test_the_size_of_an_expert_is_no_count(forge: Forge) -> None:
+    # Qwen2-57B-A14B's; 64 experts are what is counted there
+    folder = forge(set_path("plan", "config", "shared_expert_intermediate_size", to=20480))
+    assert open_bundle(folder).plan.config["shared_expert_intermediate_size"] == 20480
+
+
 def nodes(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Paths of everything inside a JSON value."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()

@@ -22,7 +22,7 @@ from offsite_fl.data.loader import make_loader
 from offsite_fl.data_owner import DataOwner
 from offsite_fl.emulators import parse_emulator, start
 from offsite_fl.emulators.gradients import emulator_gradients, full_gradients, match_gradients
-from offsite_fl.errors import ConfigError, DataError
+from offsite_fl.errors import ConfigError, DataError, ModelError
 from offsite_fl.evaluation.classification import evaluate_classes
 from offsite_fl.measure import Measure
 from offsite_fl.models.split import Split
@@ -170,6 +170,13 @@ def test_a_head_that_is_not_trained_is_not_made(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give head-from = model"):
         compare(owner, "bert", tmp_path)
     assert compare(owner, "bert", tmp_path, head_from="model").standings[0].verdict != "failed"
+
+
+def test_a_head_that_can_not_be_made_is_said_with_what_can(tmp_path: Path) -> None:
+    owner, lora = make_owner("llama"), replace(FAST, lora_rank=2)  # its last layer has no bias
+    with pytest.raises(ModelError, match=r"no bias.*give head-from = model"):
+        compare(owner, "llama", tmp_path)
+    assert compare(owner, "llama", tmp_path, head_from="model", tune=lora).standings[0].verdict != "failed"
 
 
 def test_kinds_by_task() -> None:

@@ -54,3 +54,10 @@ def test_a_datasets_class_labels_go_by_name_where_they_have_one(tmp_path):
         assert list(named_labels(table, "digit")) == [1, 0, 1]
     plain = Dataset.from_dict({"label": [2]}, Features({"label": Value("int64")}))
     assert list(named_labels(read_table(plain), "label")) == [2]
+
+
+def test_a_column_whose_numbers_were_replaced_by_names_is_read_as_it_is():
+    table = Table("pets.parquet", {"label": ["cat", "cow", None]}, classes={"label": ["dog", "cat"]})
+    assert list(named_labels(table, "label")) == ["cat", "cow", None]
+    with pytest.raises(DataError, match="'cow' is none of the model's"):
+        PETS.of_table(table, "label")

@@ -177,3 +177,10 @@ def test_blocks_in_a_sequential_count_where_no_list_does() -> None:
 def test_one_block_or_the_stages_of_a_pyramid_are_no_sequential_of_blocks(model: nn.Module) -> None:
     with pytest.raises(ModelError, match="no list of repeated blocks"):
         find_blocks(model)
+
+
+def test_sequentials_that_fit_equally_well_are_named() -> None:
+    model = Chain(depth=3)
+    model.others = nn.Sequential(*(Block() for _ in range(3)))
+    with pytest.raises(ModelError, match=r"equally well.*blocks \(3 x Block\), others \(3 x Block\)"):
+        find_blocks(model)

@@ -243,6 +243,16 @@ def _numbers(data: Any) -> list[str]:
     return [n for v in data for n in _numbers(v)] if isinstance(data, list) else []
 
 
+def timm_backbone(name: str) -> dict[str, str]:
+    return {"model_type": "timm_backbone", "backbone": name}
+
+
+def test_a_timm_backbone_may_be_part_of_a_plan(pico_llama: nn.Module) -> None:
+    plan = plan_network(pico_llama, find_blocks(pico_llama), ENDS, {2: 0}, verbatim(pico_llama, (2,)), (2,)).to_json()
+    plan["config"] = {"model_type": "detr", "backbone_config": timm_backbone("resnet50")}
+    assert NetworkPlan.from_json(plan).config == plan["config"]
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -259,7 +269,9 @@ def _numbers(data: Any) -> list[str]:
         (lambda p: p["config"].update(auto_map={"AutoConfig": "x.C"}), "may not carry 'auto_map'"),
         (lambda p: p["config"].update(_attn_implementation="owner/kernel"), "may not carry '_attn_implementation'"),
         (lambda p: p["config"].update(architecture="hf-hub:owner/name"), "architecture = 'hf-hub:owner/name' must be"),
-        (lambda p: p["config"].update(inner={"backbone": "../vit"}), "inner.backbone = '../vit' must be a plain"),
+        (lambda p: p["config"].update(inner=timm_backbone("../vit")), "inner.backbone = '../vit' must be a plain"),
+        (lambda p: p["config"].update(backbone="resnet-50"), "config may not carry 'backbone'"),
+        (lambda p: p["config"].update(use_timm_backbone=False), "config may not carry 'use_timm_backbone'"),
         (lambda p: p["config"].update(model_args={"checkpoint_path": "x.pt"}), "may not carry 'checkpoint_path'"),
         (lambda p: p["config"].update(hidden_size=2**50), "absurdly large"),
         (lambda p: p["config"].pop("model_type"), "model_type"),

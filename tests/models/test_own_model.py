@@ -107,6 +107,24 @@ def test_dropping_by_the_full_models_own_code(tmp_path: Path) -> None:
         torch.testing.assert_close(DataOwner.open(bundle).model(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
+def test_a_config_that_has_no_defaults(tmp_path: Path) -> None:
+    class Measured(TowerConfig):
+        model_type = "tower-of-a-test-to-measure"
+        has_no_defaults_at_init = True  # as transformers has it
+
+        def __init__(self, glyphs: int, **rest: Any):
+            super().__init__(glyphs=glyphs, **rest)
+
+    class MeasuredModel(TowerModel):
+        config_class = Measured
+
+    AutoConfig.register(Measured.model_type, Measured)
+    AutoModelForCausalLM.register(Measured, MeasuredModel)
+    owner = ModelOwner(MeasuredModel(Measured(64)), make_tokenizer(), Split(first=1, last=1))
+    bundle = owner.make_bundle("layer-drop:keep=2", tmp_path / "bundle")
+    assert isinstance(DataOwner.open(bundle, device="cpu").model, MeasuredModel)
+
+
 def test_a_class_that_is_not_registered_is_refused_at_once() -> None:
     class Unknown(TowerConfig):
         model_type = "unknown-to-all"
