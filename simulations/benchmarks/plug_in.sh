@@ -19,28 +19,10 @@ compare() {
         --calibration "$texts/public.txt" --held-out-tokens 1024 --test "$texts/test.jsonl" --test-tokens 3072 \
         --steps 16 --batch-size 4 --lr 5e-4 "$@"
 }
-repair() {
-    out=runs/plug-in-repair && mkdir -p "$out"
-    for owner in $owners; do
-        cat "$texts/$owner.jsonl"
-    done >"$out/all.jsonl"
-    set -- --max-steps 16 --lr 5e-4 --batch-size 4 --set schedule=cosine
-    [ -d "$out/bundle" ] || offsite-fl bundle smollm2 --emulator "$emulator" --calibration "$texts/public.txt" --out "$out/bundle"
-    for seed in 0 1 2; do
-        update="$out/update$seed.safetensors" measured="$out/repair$seed.safetensors"
-        [ -f "$update" ] || offsite-fl tune "$out/bundle" --data "$out/all.jsonl" "$@" --seed $seed --out "$update"
-        [ -f "$measured" ] || offsite-fl repair smollm2 --bundle "$out/bundle" --public "$texts/public.txt" "$@" \
-            --seed $seed --out "$measured"
-        for way in "" "--repair $measured"; do
-            offsite-fl evaluate smollm2 --bundle "$out/bundle" --update "$update" $way --data "$texts/test.jsonl" \
-                --max-tokens 3072 --out "$out/report$seed${way:+-without-repair}"
-        done
-    done
-}
 case "${1:-}" in
 scale) compare scale --scale 0.5 --scale 0.7 --scale 0.85 --scale 1 ;;
 end) compare end --split 0-4 ;;
 proximal) compare proximal --set proximal-mu=0.1 ;;
-repair) repair ;;
+repair) compare repair --repair ;;
 *) echo "usage: $0 scale|end|proximal|repair" >&2 && exit 2 ;;
 esac
