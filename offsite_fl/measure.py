@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset, concatenate_datasets  # type: ignore[import-untyped,unused-ignore]
 
 from offsite_fl.config import LoraOptions, LossOn, TuneConfig
+from offsite_fl.data.fingerprints import leak
 from offsite_fl.data.loader import Batch, make_loader
 from offsite_fl.data.sources import Source
 from offsite_fl.data_owner import DataOwner
@@ -66,7 +67,10 @@ class Measure:
         self.block_size, self.loss_on = block_size, loss_on
         if test is None and score is None:
             raise DataError("there is nothing to measure on: give held-out data, or a score that has its own")
-        self.batches = [] if test is None else self._loaded(test, batch_size, max_tokens)
+        self._test = None if test is None else self._read(test, max_tokens)
+        self.batches: list[Batch] = []
+        if self._test is not None:
+            self.batches = list(make_loader(self._test, batch_size, pad_id=owner.pad_id))
         self.device = resolve_device(TuneConfig(device=device))
         self._score = score or (self._class_row if owner.task in CLASSIFICATION else self._loss_row)
         # fp32 like the full model, so that the rows differ by what they are about and not by their dtype.
@@ -74,11 +78,19 @@ class Measure:
         self._patch: Patch | None = None
         owner.model.to(self.device)
 
-    def _loaded(self, test: Source, batch_size: int, max_tokens: int | None) -> list[Batch]:
+    def _read(self, test: Source, max_tokens: int | None) -> Dataset:
         examples = self.owner.examples(test, self.block_size, self.loss_on)
         if max_tokens is not None and self.owner.task not in CLASSIFICATION:
             examples = examples.select(range(min(len(examples), max(1, max_tokens // self.block_size))))
-        return list(make_loader(examples, batch_size, pad_id=self.owner.pad_id))
+        return examples
+
+    def leak(self, sources: Sequence[Source]) -> str | None:
+        """A sentence for the report where test examples are also among those of ``sources``, which tune; else None.
+
+        Only equal examples are noticed (:func:`~offsite_fl.data.fingerprints.leak`).
+        """
+        tuned_on = self.pooled(sources)
+        return None if self._test is None else leak([tuned_on], self._test)
 
     @property
     def tokens(self) -> int:

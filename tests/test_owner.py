@@ -85,6 +85,22 @@ def test_plug_in_changes_exactly_the_adapter(owner: ModelOwner, tmp_path: Path) 
     assert changed(before, owner.model) == {name for name in before if name.startswith(inside)}
 
 
+@pytest.mark.parametrize(("split", "blocks"), [(Split(0, 2), (4, 5)), (Split(2, 0), (0, 1))], ids=str)
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_one_sided_splits_of_a_merged_peft_model_go_the_whole_way(
+    split: Split, blocks: tuple[int, ...], lora_rank: int, pico_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Fault 3: LoRA on LLaMA found no blocks, and both ends were held to one block at least."""
+    merged = get_peft_model(make_pico("llama"), LoraConfig(r=2, target_modules=["q_proj"])).merge_and_unload()
+    owner = ModelOwner(merged, pico_tokenizer, split)
+    bundle = owner.make_bundle("layer-drop:keep=2", tmp_path / "bundle")
+    before = state_of(owner.model)
+    owner.plug_in(DataOwner.open(bundle).tune(TEXT, replace(FAST, lora_rank=lora_rank)))
+    found = changed(before, owner.model)
+    assert {int(name.split(".")[2]) for name in found} == set(blocks)
+    assert all(name.startswith("model.layers.") for name in found)
+
+
 def test_an_untouched_adapter_gives_the_full_model_back_bit_for_bit(owner: ModelOwner, tmp_path: Path) -> None:
     bundle = owner.make_bundle("layer-drop:keep=2", tmp_path / "bundle", dtype=torch.bfloat16)
     before = state_of(owner.model)

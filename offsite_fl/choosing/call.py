@@ -118,7 +118,9 @@ def choose(
     with _first_head(owner, settings, parts):
         cells = Comparison(owner, settings, parts, Path(out), progress).run()
     about = {"model": name, "split": str(owner.split), **_named(calibration, data, test)}
-    return Choice.of(cells, settings, about=about, versions=versions(), out=Path(out))
+    leak = parts.leak()
+    notes = () if leak is None else (leak,)
+    return Choice.of(cells, settings, about=about, versions=versions(), notes=notes, out=Path(out))
 
 
 def _fitting(kind: Kind, task: str, given: dict[str, int | None]) -> dict[str, int]:

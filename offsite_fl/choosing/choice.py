@@ -74,9 +74,10 @@ class Choice(References):
         *,
         about: Mapping[str, str] | None = None,
         versions: Mapping[str, str] | None = None,
+        notes: Sequence[str] = (),
         out: Path = Path(),
     ) -> Choice:
-        """Judge the cells of a comparison; the ``uncompressed`` ones must be among them."""
+        """Judge the cells of a comparison; the ``uncompressed`` ones must be among them. ``notes`` go to the page."""
         reference = Reference.of(cells)
         if not reference.uncompressed:
             raise DataError("a choice needs the cells of the uncompressed middle, to set candidates against")
@@ -107,7 +108,7 @@ class Choice(References):
             accuracy=None if accuracies.zero_shot is None else accuracies,
             about=about or {},
             versions=versions or {},
-            notes=(*_notes(settings), *(f"full fine-tuning failed, seed {c.seed}: {c.error}" for c in failed)),
+            notes=(*notes, *_notes(settings), *(f"full fine-tuning failed, seed {c.seed}: {c.error}" for c in failed)),
             out=out,
         )
 

@@ -15,6 +15,7 @@ from offsite_fl.choosing.settings import Settings
 from offsite_fl.config import LossOn
 from offsite_fl.data.contents import contents_of
 from offsite_fl.data.examples import split_examples
+from offsite_fl.data.fingerprints import leak
 from offsite_fl.data.images import LABELS, transform_of
 from offsite_fl.data.loader import Batch, make_loader
 from offsite_fl.data.sources import Source
@@ -47,6 +48,12 @@ class Parts:
     def batches(self, examples: Dataset, batch_size: int = 8) -> tuple[Batch, ...]:
         """``examples`` in order, as batches."""
         return tuple(make_loader(examples, batch_size, pad_id=self.pad_id))
+
+    def leak(self) -> str | None:
+        """A sentence where test examples are also among the public or private ones that are worked on; else None."""
+        if self.private is None:
+            return None
+        return leak((self.calibration, self.private.train, self.private.validation), self.private.test)
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of the contents and labels of each part, and of how images become pixels."""

@@ -91,8 +91,8 @@ def evaluate(
             progress=True,
             score=score,
         )
-        if fine_tune:
-            measure.pooled(fine_tune)  # what is wrong with the data should be told now, not after four rows
+        # What is wrong with the data should be told now, not after four rows.
+        leak = measure.leak(fine_tune) if fine_tune else None
     rows = five_rows(measure, came, fine_tune or [], config, stages, less)
     given: dict[str, Any] = {"model": model, "bundle": str(bundle), "update": update, "repair": repair, "data": data}
     given |= {"tasks": tasks or []}
@@ -104,7 +104,7 @@ def evaluate(
         seconds=stages.seconds,
         emulator={"spec": note.emulator, **note.report, "bundle_bytes": opened.bytes_by_kind()},
         data=tested(measure, score, rows),
-        notes=_notes(came, bool(fine_tune), config, less),
+        notes=_notes(came, bool(fine_tune), config, less) + ([leak] if leak else []),
     )
     if out is not None:
         report.write(out)

@@ -38,6 +38,8 @@ def structure(path: str) -> dict[str, Any]:
     counts = [sum(p.numel() for p in block.parameters()) for block in block_list(model, blocks)]
     shared = {name.removeprefix("shared."): tensor for name, tensor in shared_tensors(model, blocks).items()}
     parameters = sum(p.numel() for p in model.parameters())
+    splits = [_split(model, blocks, split) for split in SPLITS]
+    none = "none of these splits can be made" if all(split["reason"] for split in splits) else None
     return {
         "model": str(path),
         "class": type(model).__name__,
@@ -57,9 +59,10 @@ def structure(path: str) -> dict[str, Any]:
             for name, tensor in shared.items()
         ],
         "shared_bytes": sum(tensor.numel() for tensor in shared.values()) * dtype.itemsize,
-        "splits": [_split(model, blocks, split) for split in SPLITS],
+        "splits": splits,
         "emulators": [
-            {"name": method.name, "reason": why_not(method.name, model, blocks)} for method in describe_emulators()
+            {"name": method.name, "reason": none or why_not(method.name, model, blocks)}
+            for method in describe_emulators()
         ],
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -32,3 +33,14 @@ def _bytes(content: tuple[int, ...] | bytes) -> bytes:
 def overlap(examples: Dataset, known: Fingerprints) -> int:
     """How many of ``known`` belong to an example of ``examples``."""
     return int(np.intersect1d(fingerprints(examples), known).size)
+
+
+def leak(used: Iterable[Dataset], test: Dataset) -> str | None:
+    """A sentence for a report where examples of ``test`` are also among those ``used`` before; else None.
+
+    Only equal examples are noticed (:func:`fingerprints`).
+    """
+    known = fingerprints(test)
+    found = {int(number) for examples in used for number in np.intersect1d(fingerprints(examples), known)}
+    said = f"{len(found)} of {len(known)} different test examples are also among those that are tuned on"
+    return f"{said}: the rows say less about new ones." if found else None

@@ -21,6 +21,9 @@ NAMES_ALONE = ("architecture", "backbone")
 HUB_BACKBONES = ("backbone", "backbone_kwargs", "use_timm_backbone")
 # Flags that tie a block's function to its absolute index, which a client doesn't have.
 INDEX_DEPENDENT_FLAGS = ("scale_attn_by_inverse_layer_idx",)
+# Families whose blocks have no MLP channel and no attention head that can be taken out: state spaces, experts in one
+# tensor beside fused projections or head counts that the config fixes.
+NO_UNITS = ("dbrx", "falcon_mamba", "gpt_oss", "jetmoe", "mamba", "mamba2")
 # Entries that list the indices of some blocks; in a cut network they name the places that these blocks have there.
 INDEX_LISTS = ("mlp_only_layers", "attn_layer_indices")
 # Entries that give some blocks settings of their own, under their indices.

@@ -1,6 +1,6 @@
 #!/bin/sh
 # The five rows in accuracy on multiple choice over three seeds (docs/quality.md): SmolLM2, four data owners with other books
-# of the Bible each. From the repository root, after `make venv`; a run that has its report isn't done again:
+# of the Bible each. From the repository root, in the environment of `make venv`; a run that has its report isn't done again:
 #   sh simulations/benchmarks/choices.sh
 # More arguments go to each run: --set emulator=quantize:bits=4,group=0
 set -eu

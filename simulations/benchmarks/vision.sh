@@ -1,6 +1,7 @@
 #!/bin/sh
 # The five rows in accuracy over three seeds (docs/vision.md): an image classifier (images) or a text encoder (texts), four
-# data owners whose classes differ. From the repository root, after `make vision-data`:
+# data owners whose classes differ. From the repository root, in the environment of `make venv`, after
+# `make vision-data`:
 #   sh simulations/benchmarks/vision.sh images
 #   sh simulations/benchmarks/vision.sh texts
 # More arguments go to each run: --set data.partition=iid

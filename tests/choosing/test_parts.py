@@ -99,3 +99,12 @@ def test_digests_tell_texts_apart(pico_tokenizer: PreTrainedTokenizerFast) -> No
 def test_names() -> None:
     assert name_of("/somewhere/public.txt") == "public.txt"
     assert name_of(different(3)) == "dataset of 1 rows"
+
+
+def test_test_data_that_are_tuned_on_are_told(pico_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Three blocks of four characters are measured on; the last two of them are the first two that are tuned on."""
+    calibration, private = different(100, 5000), different(40, 100)
+    apart = read(pico_tokenizer, settings(), calibration, private, different(3, 900))
+    mixed = read(pico_tokenizer, settings(), calibration, private, different(3, 99))
+    assert apart.leak() is None and read(pico_tokenizer, settings(), calibration).leak() is None
+    assert str(mixed.leak()).startswith("2 of 3 different test examples are also among those that are tuned on")

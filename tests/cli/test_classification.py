@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 
 from offsite_fl.models.load import load_model
+from offsite_fl.models.split import Split
+from offsite_fl.owner import ModelOwner
 from tests.conftest import make_tokenizer
-from tests.pico_classifiers import image_folder, labelled_rows, make_classifier, make_image_processor
+from tests.pico_classifiers import NAMES, image_folder, labelled_rows, make_classifier, make_image_processor
 
 from .conftest import error_of, run_cli, run_json
 
@@ -72,6 +75,37 @@ def test_bundle_inspect_tune_plug_evaluate(kind: str, tmp_path: Path) -> None:
     adapted: Any = load_model(out, None)[0]
     # The head that was tuned from the class means is in the folder.
     assert not torch.equal(adapted.classifier.weight, make_classifier(kind).classifier.weight)
+
+
+@pytest.mark.parametrize("kind", ["vit", "bert"])
+def test_rows_are_of_the_test_files_examples_and_the_report_says_so(kind: str, tmp_path: Path) -> None:
+    """Fault 25: numbers of a part of the training data. Counted and worked out here from the test files alone."""
+    model, _, private, test = files(kind, tmp_path)
+    bundle, report = tmp_path / "bundle", tmp_path / "report"
+    if kind == "vit":
+        (test / "cat" / "0.png").unlink()
+    else:  # the few words of these texts come again in the other file
+        rows = [{"text": f"{word} {number}", "label": word} for number in range(4) for word in NAMES]
+        test.write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
+    run_json("bundle", model, "--emulator", "layer-drop:keep=2", "--out", bundle, "--split", "1-1")
+    given = ("evaluate", model, "--bundle", bundle, "--block-size", 16, "--steps", 1, "--fine-tune", private)
+    rows = run_json(*given, "--data", test, "--out", report)["rows"]
+    told = json.loads((report / "report.json").read_text())
+    assert told["data"] == {"held-out test": {"examples": 11}}
+    assert (told["config"]["data"], told["config"]["fine-tune"]) == (str(test), [str(private)])
+    assert not any("are also among" in note for note in told["notes"])
+    opened: Any = load_model(model, None)
+    owner = ModelOwner(*opened, Split(first=1, last=1))
+    right = 0
+    for row in owner.examples(test, 16):
+        inputs = {name: torch.as_tensor(row[name])[None] for name in ("pixel_values", "input_ids") if name in row}
+        with torch.no_grad():
+            right += int(owner.model(**inputs).logits.argmax()) == int(row["labels"])
+    assert rows["full_zero_shot"]["accuracy"] == pytest.approx(right / 11)
+    # What is tuned on is measured: the report says it.
+    run_json(*given, "--data", private, "--out", report)
+    notes = json.loads((report / "report.json").read_text())["notes"]
+    assert any(re.search(r"([0-9]+) of \1 different test examples are also among those that", note) for note in notes)
 
 
 def test_what_is_wrong_is_told_in_one_line(tmp_path: Path) -> None:

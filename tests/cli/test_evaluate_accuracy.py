@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,8 @@ def test_rows_in_accuracy_on_questions_of_ones_own(world: World, questions: Path
     assert "accuracy" in (out / "report.html").read_text() and "points" in run_cli("report", out).stdout
     record = json.loads((out / "report.json").read_text())
     assert record["data"] == {"held-out test": {"questions": 15, "chance": "50.0%"}}
+    # It was tuned on the test.
+    assert any(re.match(r"([0-9]+) of \1 different test examples are also among", note) for note in record["notes"])
 
 
 def test_rows_on_a_task_of_lm_eval(

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from offsite_fl.models import load
 from tests.cli.conftest import World, error_of, run_cli, run_json
 from tests.models.families import build
+from tests.models.other_families import OTHERS
 
 
 def test_a_language_model(world: World) -> None:
@@ -49,6 +51,26 @@ def test_what_cannot_be_done_has_its_reason(tmp_path: Path) -> None:
     assert emulators["quantize"] is None and "next-token loss" in emulators["distill"]
     said = run_cli("inspect", tmp_path).stdout
     assert "T5ForConditionalGeneration (t5), for seq2seq-lm" in said and "6 x T5Block at decoder.block" in said
+
+
+def test_what_cannot_be_split_has_no_emulator(tmp_path: Path) -> None:
+    build("gpt2", scale_attn_by_inverse_layer_idx=True).save_pretrained(tmp_path)  # type: ignore[operator]
+    told = run_json("inspect", tmp_path)
+    assert all("depends on its absolute index" in split["reason"] for split in told["splits"])
+    assert {entry["reason"] for entry in told["emulators"]} == {"none of these splits can be made"}
+
+
+def test_a_state_space_model_loses_no_units(tmp_path: Path) -> None:
+    build("mamba").save_pretrained(tmp_path)  # type: ignore[operator]
+    reasons = {entry["name"]: entry["reason"] for entry in run_json("inspect", tmp_path)["emulators"]}
+    assert reasons.pop("prune").startswith("no MambaBlock has an MLP channel or an attention head")
+    assert set(reasons.values()) == {None}
+
+
+def test_a_pyramid_is_refused_with_what_was_seen(tmp_path: Path) -> None:
+    row = OTHERS["swin"]
+    AutoConfig.for_model(row.kind, **row.config).save_pretrained(tmp_path)
+    assert "no list of repeated blocks in Swin" in error_of("inspect", tmp_path)
 
 
 def test_a_shallow_model(tmp_path: Path) -> None:

@@ -91,6 +91,10 @@ def test_five_rows_in_accuracy(task: str, ground: Path, monkeypatch: pytest.Monk
     rows = 40 if task == "image-classification" else 80
     assert [report.data[f"owner-{n}"]["examples"] for n in (1, 2)] == [rows / 2, rows / 2]
     assert report.data["held-out test"]["examples"] == 10
+    # The sentences of the test come again in what is tuned on, the pictures don't.
+    assert any("10 of 10 different test examples" in note for note in report.notes) == (
+        task == "sequence-classification"
+    )
 
     assert len(report.samples) == 3 and all(set(sample.answers) == set(ROW_KEYS) for sample in report.samples)
     assert all(bool(sample.image) == (task == "image-classification") for sample in report.samples)

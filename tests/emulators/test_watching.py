@@ -7,9 +7,15 @@ from collections.abc import Callable
 import pytest
 from torch import nn
 
+from offsite_fl.emulators import parse_emulator, start
 from offsite_fl.emulators.base import Context, copy_structure
 from offsite_fl.emulators.watching import Watcher
+from offsite_fl.errors import EmulatorError
 from offsite_fl.models.linears import LowRankLinear, QuantizedLinear, linear_weight, named_linears, replace_module
+from offsite_fl.models.split import Split
+from offsite_fl.owner import ModelOwner
+from tests.models.families import built, processor_of
+from tests.models.other_families import OTHERS
 
 MakeContext = Callable[..., Context]
 # By their names, read off the sources of transformers.
@@ -62,3 +68,12 @@ def test_without_dense_linears_there_is_nothing_to_see(pico_llama: nn.Module, co
         replace_module(block, path, QuantizedLinear.from_linear(linear, 8, 16))
     seen = Watcher(context).watch(block, 2)
     assert seen.attention == () and seen.chains == ()
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip2", "whisper"])
+def test_a_model_that_takes_another_batch_is_refused_in_words(name: str) -> None:
+    """CLIP wants an image too and SigLIP 2 the shape of its patches; Whisper's decoder reads a longer sequence."""
+    owner = ModelOwner(built(OTHERS[name]), processor_of(OTHERS[name]), Split(first=1, last=1))
+    context = owner.context()
+    with pytest.raises(EmulatorError, match=r"can't be watched.*Take an emulator that needn't watch, like low-rank"):
+        parse_emulator("prune:keep=0.5").compress(start(context), context)

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from offsite_fl.errors import ModelError, OffsiteError
+from offsite_fl.emulators import parse_emulator, start
+from offsite_fl.emulators.applies import why_not
+from offsite_fl.errors import EmulatorError, ModelError, OffsiteError
+from offsite_fl.models.overrides import NO_UNITS
 from offsite_fl.models.split import Split
 from offsite_fl.owner import ModelOwner
 
@@ -39,6 +42,17 @@ def test_what_cannot_work_says_so_first(name: str) -> None:
     model = built(row)
     with pytest.raises(OffsiteError, match=row.cant[ANY]):
         ModelOwner(model, processor_of(row), ENDS)
+
+
+@pytest.mark.parametrize("name", [name for name in NO_UNITS if name in OTHERS])
+def test_families_without_units_are_told_before_prune_finds_none(name: str) -> None:
+    owner = ModelOwner(built(OTHERS[name]), processor_of(OTHERS[name]), ENDS)
+    context = owner.context()
+    said = "an MLP channel or an attention head that can be taken out"
+    assert said in (why_not("prune", owner.model, owner.blocks) or "")
+    with pytest.raises(EmulatorError, match=f"no block has {said}"):
+        parse_emulator("prune:keep=0.5").compress(start(context), context)
+    parse_emulator("prune:keep=0.5,mode=magnitude").compress(start(context), context)
 
 
 def test_big_bird_is_refused_once_a_short_text_has_switched_it() -> None:

@@ -48,6 +48,7 @@ def main(grid: Grid, context: Context) -> None:
     with clock("making the bundle"):
         open_bundle(owner, settings.main, settings.run, calibration=public, block_size=settings.tune.block_size)
     scored = Scored(owner, test, settings.tune.block_size)
+    leak = scored.measure.leak([public, *([settings.data.rows("train")] if settings.baseline.run else [])])
     strategy = make_strategy_for(owner, settings.main, settings.tune, settings.run, public)
     track(strategy, tracking)
     with clock("federated tuning"):
@@ -70,7 +71,7 @@ def main(grid: Grid, context: Context) -> None:
     update.save(folder / "update.safetensors")
     if settings.run.save_model:
         owner.save(folder / "adapted")
-    report = record(rows, strategy, settings, clock, context)
+    report = record(rows, strategy, settings, clock, context, leak)
     report.samples = samples
     report.data |= shares_of(strategy, settings, len(list(grid.get_node_ids())))
     report.write(folder)
@@ -104,8 +105,10 @@ def counted(labels: list[str]) -> dict[str, int]:
     return {"examples": len(labels), **dict(sorted(Counter(labels).items()))}
 
 
-def record(rows: FiveRows, strategy: OffsiteTuning, settings: Settings, clock: Clock, context: Context) -> RunReport:
-    """Everything worth keeping of the run."""
+def record(
+    rows: FiveRows, strategy: OffsiteTuning, settings: Settings, clock: Clock, context: Context, leak: str | None
+) -> RunReport:
+    """Everything worth keeping of the run; ``leak`` says which test examples somebody tuned on."""
     owner, bundle = strategy.owner, strategy.bundle
     made = asdict(owner.report) if owner.report else {}
     return RunReport(
@@ -121,14 +124,14 @@ def record(rows: FiveRows, strategy: OffsiteTuning, settings: Settings, clock: C
             "held-out test": counted(settings.data.rows("test")[LABEL][: settings.test.examples]),
             "public, with the model owner": counted(settings.data.rows("public")[LABEL]),
         },
-        notes=notes(strategy, settings),
+        notes=notes(strategy, settings, leak),
     )
 
 
-def notes(strategy: OffsiteTuning, settings: Settings) -> list[str]:
+def notes(strategy: OffsiteTuning, settings: Settings, leak: str | None) -> list[str]:
     """What a reader of the numbers must know."""
     found = [
-        "Accuracy is on test examples that nobody tuned on. One seed.",
+        f"{leak or 'Accuracy is on test examples that nobody tuned on.'} One seed.",
         "The untuned model has a head that the model owner made from the public examples: it answers the class whose "
         "mean is nearest. The head is tuned too, and travels with the adapter.",
     ]
