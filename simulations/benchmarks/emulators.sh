@@ -27,6 +27,7 @@ all | pico)
     ;;
 few)
     set -- "quantize:bits=4,group=0" "quantize:bits=4,group=64" "$default" "gradot:{keep}" \
+        "gradot:{keep}+align:where=all" "layer-drop:{keep}+distill:steps=40" \
         "random:{keep}" "first:{keep}" "last:{keep}" "similarity:{keep}"
     ;;
 trained)
