@@ -24,22 +24,9 @@ from tests.pico_clients import (
     own_process,  # noqa: F401  (fixtures)
     owner_with_bundle,
     reasons,
-    two_sites,
 )
 
-from .fedbiot_sites import PUBLIC, TUNE, fedbiot, strategy_for
-
-
-@pytest.fixture(scope="module")
-def owner(tmp_path_factory: pytest.TempPathFactory) -> ModelOwner:
-    """A pico llama that tunes its last block, behind an emulator of two dropped-layer blocks."""
-    return owner_with_bundle(tmp_path_factory.mktemp("owner"), first=0)
-
-
-@pytest.fixture
-def nodes(tmp_path: Path) -> dict[int, dict[str, Any]]:
-    return two_sites(tmp_path)
-
+from .fedbiot_sites import PUBLIC, TUNE, fedbiot, last_block_owner, sites, strategy_for  # noqa: F401  (fixtures)
 
 # Measuring ----------------------------------------------------------------------------------------------------------
 
