@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 
 from offsite_fl.bundle import Bundle
 from offsite_fl.errors import OffsiteError
-from offsite_fl.evaluation.ledger import human_bytes
+from offsite_fl.sizes import human_bytes
 from offsite_fl.wire import names
 from offsite_fl.wire.packs import PACK_BYTES, make_pack, plan_packs
 from offsite_fl.wire.records import flag, texts

@@ -10,7 +10,16 @@ from offsite_fl.sizes import human_bytes, parse_bytes
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("7", 7), ("7B", 7), ("2KB", 2048), ("2 kib", 2048), ("1.5MB", 1572864), ("20G", 21474836480), ("1TiB", 2**40)],
+    [
+        ("7", 7),
+        ("7B", 7),
+        ("2KB", 2000),
+        ("2 kib", 2048),
+        ("1.5MB", 1_500_000),
+        ("1.5MiB", 1_572_864),
+        ("20G", 20_000_000_000),
+        ("1TiB", 2**40),
+    ],
 )
 def test_sizes_are_read(text: str, size: int) -> None:
     assert parse_bytes(text) == size
@@ -24,7 +33,17 @@ def test_other_texts_are_refused(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("size", "text"),
-    [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (2**20, "1.0 MiB"), (3 * 2**40, "3.0 TiB")],
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (20_000, "20.0 kB"),
+        (200_000_000, "200 MB"),
+        (1_930_000_000, "1.93 GB"),
+        (999_700, "1.00 MB"),
+        (-1500, "-1.50 kB"),
+        (2**60, "1.15 EB"),
+    ],
 )
 def test_sizes_for_people(size: int, text: str) -> None:
     assert human_bytes(size) == text

@@ -28,12 +28,12 @@ from offsite_fl.bundle.manifest import is_digest, show
 from offsite_fl.bundle.read import Bundle, open_bundle
 from offsite_fl.config import CACHE_VARIABLE, cache_root
 from offsite_fl.errors import BundleError
-from offsite_fl.sizes import GIB, human_bytes, parse_bytes
+from offsite_fl.sizes import GB, human_bytes, parse_bytes
 
 log = logging.getLogger("offsite_fl.cache")
 
 SIZE_VARIABLE = "OFFSITE_FL_CACHE_BYTES"
-DEFAULT_BYTES = 20 * GIB
+DEFAULT_BYTES = 20 * GB
 STALE_SECONDS = 3 * 24 * 3600.0
 
 # Folders whose files this process has hashed, with the state they were in: a later open needn't hash them again.

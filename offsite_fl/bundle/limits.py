@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from offsite_fl.errors import ConfigError
-from offsite_fl.sizes import GIB, MIB
+from offsite_fl.sizes import GB, MB
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Limits:
     an image processor makes, ``max_depth`` how deep the manifest's JSON is nested.
     """
 
-    max_bytes: int = 256 * GIB
-    max_file_bytes: int = 32 * GIB
-    max_manifest_bytes: int = 32 * MIB
-    max_header_bytes: int = 32 * MIB
-    max_tokenizer_bytes: int = 256 * MIB
+    max_bytes: int = 256 * GB
+    max_file_bytes: int = 32 * GB
+    max_manifest_bytes: int = 32 * MB
+    max_header_bytes: int = 32 * MB
+    max_tokenizer_bytes: int = 256 * MB
     max_tokenizer_files: int = 32
     max_shards: int = 4096
     max_tensors: int = 100_000

@@ -35,9 +35,9 @@ from offsite_fl.bundle.verify import DTYPE_NAMES, FOLDERS, check_tensors, outwar
 from offsite_fl.errors import BundleError
 from offsite_fl.models.network import NetworkPlan, expected_tensors
 from offsite_fl.models.processors import TYPE_KEY, Processor, known_image_processors
-from offsite_fl.sizes import MIB, parse_bytes
+from offsite_fl.sizes import MB, parse_bytes
 
-SHARD_BYTES = 256 * MIB
+SHARD_BYTES = 256 * MB
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # What loading a tokenizer leaves in its settings: where it came from. None of it may leave the house.
 _ORIGIN_KEYS = {"name_or_path", "is_local", "local_files_only", "cache_dir", "trust_remote_code", "revision", "token"}

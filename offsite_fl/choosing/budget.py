@@ -31,7 +31,7 @@ class Budget:
         A bare number above 1 could be meant as per cent or as bytes and raises ``ConfigError``.
 
         >>> Budget.parse("40%"), Budget.parse("2KB")
-        (Budget(share=0.4, bytes=None), Budget(share=None, bytes=2048))
+        (Budget(share=0.4, bytes=None), Budget(share=None, bytes=2000))
         """
         if isinstance(value, Budget):
             return value
@@ -62,7 +62,7 @@ class Budget:
         return self.bytes
 
     def __str__(self) -> str:
-        """For people: ``40%`` or ``40.0 MiB``."""
+        """For people: ``40%`` or ``40.0 MB``."""
         return f"{100 * self.share:.4g}%" if self.share is not None else human_bytes(self.bytes or 0)
 
 

@@ -98,7 +98,7 @@ def print_contents(found: Mapping[str, Any], console: Console) -> None:
 
 
 def _kinds_table(found: Mapping[str, Any]) -> Table:
-    from offsite_fl.evaluation.ledger import human_bytes
+    from offsite_fl.sizes import human_bytes
 
     known = found["share_of_full_model"] is not None
     table = Table(title="What leaves", title_justify="left", show_footer=True)
@@ -156,8 +156,8 @@ def _owner_table(owner: Mapping[str, Any]) -> Table:
 
 def _report_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The emulator report in words; a number that wasn't measured has no row, save where that needs saying."""
-    from offsite_fl.evaluation.ledger import human_bytes
     from offsite_fl.evaluation.rows import significant
+    from offsite_fl.sizes import human_bytes
 
     if not report:
         return []

@@ -95,7 +95,7 @@ def tune(
     if as_json:
         emit(found)
         return
-    from offsite_fl.evaluation.ledger import human_bytes
+    from offsite_fl.sizes import human_bytes
 
     steps, losses = round(update.metrics["steps"]), [f"training loss {update.metrics['train-loss']:.4f}"]
     if "validation-loss" in update.metrics:

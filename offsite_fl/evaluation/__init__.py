@@ -1,6 +1,6 @@
 """Measuring models: loss and perplexity, the five rows, the byte ledger, reports."""
 
-from offsite_fl.evaluation.ledger import Ledger, LedgerEntry, human_bytes
+from offsite_fl.evaluation.ledger import Ledger, LedgerEntry
 from offsite_fl.evaluation.record import RunReport, versions
 from offsite_fl.evaluation.rounds import Dropped, RoundRecord
 from offsite_fl.evaluation.rows import ROW_KEYS, ROW_LABELS, FiveRows, Row, Verdict, verdict
@@ -16,7 +16,6 @@ __all__ = [
     "Row",
     "RunReport",
     "Verdict",
-    "human_bytes",
     "verdict",
     "versions",
 ]

@@ -8,7 +8,6 @@ from typing import Any, Literal, get_args
 
 from offsite_fl.errors import DataError
 from offsite_fl.evaluation import checks
-from offsite_fl.evaluation.rows import significant
 from offsite_fl.registry import near
 
 Kind = Literal["bundle", "patch", "adapter", "update", "metrics"]
@@ -117,19 +116,3 @@ class Ledger:
 
     def __repr__(self) -> str:
         return f"Ledger({len(self)} entries, {self.total():,} bytes)"
-
-
-def human_bytes(count: float) -> str:
-    """Bytes in decimal units, as disks and networks are sold.
-
-    >>> human_bytes(999), human_bytes(200_000_000), human_bytes(1_234_567)
-    ('999 B', '200 MB', '1.23 MB')
-    """
-    size, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB", "PB"):
-        if abs(size) < 999.5:
-            break
-        size, unit = size / 1000, larger
-    if unit == "B":
-        return f"{size:.0f} B"
-    return f"{significant(size)} {unit}"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 
 from offsite_fl.evaluation import answers, plots, sections
-from offsite_fl.evaluation.ledger import DIRECTIONS, human_bytes
+from offsite_fl.evaluation.ledger import DIRECTIONS
 from offsite_fl.evaluation.markup import Markup, count, duration, join, kicker, safe, tag, tiles
 from offsite_fl.evaluation.record import RunReport
 from offsite_fl.evaluation.rows import ROW_KEYS, ROW_LABELS, FiveRows, Row, noun, show, verdict
 from offsite_fl.evaluation.style import STYLE
+from offsite_fl.sizes import human_bytes
 
 # Nothing may be fetched or run, even if a string should ever slip through unescaped.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"

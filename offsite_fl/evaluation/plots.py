@@ -16,9 +16,10 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from offsite_fl.errors import ConfigError
-from offsite_fl.evaluation.ledger import DIRECTIONS, KINDS, Ledger, human_bytes
+from offsite_fl.evaluation.ledger import DIRECTIONS, KINDS, Ledger
 from offsite_fl.evaluation.rounds import RoundRecord
 from offsite_fl.evaluation.rows import FiveRows, Row, significant
+from offsite_fl.sizes import human_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from offsite_fl.evaluation import plots
-from offsite_fl.evaluation.ledger import DIRECTIONS, KINDS, Ledger, human_bytes
+from offsite_fl.evaluation.ledger import DIRECTIONS, KINDS, Ledger
 from offsite_fl.evaluation.markup import (
     Markup,
     count,
@@ -24,6 +24,7 @@ from offsite_fl.evaluation.markup import (
 )
 from offsite_fl.evaluation.record import RunReport
 from offsite_fl.evaluation.rows import significant
+from offsite_fl.sizes import human_bytes
 
 # What the emulator's report may hold, in the order shown: its words for a reader, and the form of the number.
 EMULATOR_FACTS = {

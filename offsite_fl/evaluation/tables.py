@@ -9,9 +9,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from offsite_fl.evaluation.ledger import DIRECTIONS, KINDS, Ledger, human_bytes
+from offsite_fl.evaluation.ledger import DIRECTIONS, KINDS, Ledger
 from offsite_fl.evaluation.record import RunReport
 from offsite_fl.evaluation.rows import ROW_KEYS, ROW_LABELS, FiveRows, Row, significant, verdict
+from offsite_fl.sizes import human_bytes
 
 
 def rows_table(rows: FiveRows) -> Table:

@@ -57,9 +57,9 @@ def test_the_root_comes_from_the_argument_the_environment_or_home(
 def test_the_cap_comes_from_the_argument_the_environment_or_20_gb(
     cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert Cache().max_bytes == 20 * 2**30
+    assert Cache().max_bytes == 20 * 10**9
     monkeypatch.setenv("OFFSITE_FL_CACHE_BYTES", "3GB")
-    assert Cache().max_bytes == 3 * 2**30
+    assert Cache().max_bytes == 3 * 10**9
     assert Cache(max_bytes="1.5 MiB").max_bytes == 3 * 2**19
     monkeypatch.setenv("OFFSITE_FL_CACHE_BYTES", "much")
     with pytest.raises(ConfigError, match="'much'"):

@@ -205,7 +205,7 @@ def test_of_several_numbers() -> None:
         ("40%", Budget(share=0.4)),
         (0.25, Budget(share=0.25)),
         ("33.3%", Budget(share=0.333)),
-        ("2KB", Budget(bytes=2048)),
+        ("2KB", Budget(bytes=2000)),
     ],
 )
 def test_budgets(text: str | float, budget: Budget) -> None:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from offsite_fl.errors import DataError
-from offsite_fl.evaluation.ledger import Ledger, LedgerEntry, human_bytes
+from offsite_fl.evaluation.ledger import Ledger, LedgerEntry
 
 
 @pytest.fixture
@@ -84,21 +84,6 @@ def test_other_malformed_ledgers() -> None:
         Ledger.from_list({"round": 1})
     with pytest.raises(DataError, match="can't be summed by 'bytes'"):
         Ledger().totals("bytes")
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "1.00 kB"),
-        (200_000_000, "200 MB"),
-        (1_930_000_000, "1.93 GB"),
-        (999_700, "1.00 MB"),
-    ],
-)
-def test_bytes_for_people(count: int, text: str) -> None:
-    assert human_bytes(count) == text
 
 
 def test_bytes_move_to_a_node_s_own_name() -> None:
