@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from offsite_fl.choosing.budget import Budget
+from offsite_fl.emulators import parse_emulator
+from offsite_fl.errors import ConfigError
 
 KEEP = "{keep}"
 
@@ -70,3 +72,21 @@ def distinct(candidates: Iterable[str], budget: Budget) -> tuple[str, ...]:
     for candidate in candidates:
         found.setdefault(fill(candidate, budget), candidate)
     return tuple(found.values())
+
+
+def check_candidates(candidates: Iterable[str], budget: Budget) -> None:
+    """Refuse specs that can't be read, all at once: an hour later would be too late for a slip of the pen.
+
+    Raises
+    ------
+    ConfigError
+        If one or more can't be read.
+    """
+    wrong = []
+    for spec in (fill(candidate, budget) for candidate in candidates):
+        try:
+            parse_emulator(spec)
+        except ConfigError as error:
+            wrong.append(f"candidate {spec!r}: {error}")
+    if wrong:
+        raise ConfigError("; ".join(wrong))

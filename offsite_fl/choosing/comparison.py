@@ -8,6 +8,7 @@ import json
 import shutil
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,21 +58,28 @@ class Comparison:
         """Measure what isn't there yet; all cells, references first. An interruption loses at most one of them."""
         plan = list(self._plan())
         cells = []
+        self._say(
+            f"{len(plan)} measurements of {len(self.settings.candidates)} candidates; it can be stopped at any time, "
+            f"what is in {self.store.path} isn't measured again. Methods that train take longest (see --candidate).",
+            "dim",
+        )
         for number, (role, candidate, seed) in enumerate(plan, start=1):
             spec = fill(candidate, self.settings.budget)
-            method, error = _parsed(spec) if role == "candidate" else (None, None)
+            method = parse_emulator(spec) if role == "candidate" else None
             key = self._key(role, method, spec, seed)
             cell = self.store.get(key)
             if cell is None:
-                blank = Cell(key, role, candidate, spec, seed, error=error)
+                blank = Cell(key, role, candidate, spec, seed)
                 self._say(f"[{number}/{len(plan)}] {spec}, seed {seed} ...", "bold")
-                cell = blank if error else self._measured(blank, method)
+                cell = self._measured(blank, method)
                 self.store.add(cell)
                 self._say(_outcome(cell, self.settings.kind.judged_in), "dim")
                 if cell.error is None:
                     shutil.rmtree(self._workdir(cell), ignore_errors=True)
             # A key names the numbers, not the wording that asked for them.
             cells.append(dataclasses.replace(cell, candidate=candidate, spec=spec))
+        with suppress(OSError):  # none, or with what a failed cell goes on from
+            (self.out / "work").rmdir()
         return cells
 
     def _plan(self) -> Iterator[tuple[Role, str, int]]:
@@ -124,14 +132,6 @@ class Comparison:
     def _say(self, text: str, style: str) -> None:
         if self.progress:
             rich.get_console().print(Text(text, style=style), soft_wrap=True)
-
-
-def _parsed(spec: str) -> tuple[EmulatorMethod | None, str | None]:
-    """The method of a spec, or why there is none."""
-    try:
-        return parse_emulator(spec), None
-    except OffsiteError as error:
-        return None, _reason(error)
 
 
 def _reason(error: Exception) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from offsite_fl.choosing.kinds import TEXT, Kind
 from offsite_fl.choosing.over_seeds import shown
-from offsite_fl.choosing.standing import Standing, Verdict
+from offsite_fl.choosing.standing import Standing, Verdict, is_clear
 from offsite_fl.choosing.yardstick import LOSS, Yardstick
 
 # What protects comes first, what can't be handed out last; inside a tier the better plug-in or gradient.
@@ -51,8 +51,8 @@ def recommend(
     """Pick one of ``standings``, which are ranked.
 
     With tuning: the best plug-in among those that protect or, if none of these gains, whose gap at least is clear; one
-    that gains nothing on the untuned model is never taken. Without: the best gradient among those that are worse than
-    the full model on public data by more than 0.02 nats.
+    that gains nothing clear on the untuned model is never taken. Without: the best gradient among those that are worse
+    than the full model on public data by more than 0.02 nats.
 
     Args:
         standings: ranked candidates.
@@ -77,15 +77,18 @@ def _nothing(why: str) -> Recommendation:
 def _by_plug_in(fitting: Sequence[Standing], within: str, zero: float, by: Yardstick) -> Recommendation:
     for verdict in ("protects", "gives the model away"):
         held = [s for s in fitting if s.verdict == verdict]
-        plug_in = held[0].figures(by).plug_in if held else None
-        if plug_in is not None and by.behind(zero, plug_in.mean) > 0:
+        gain = held[0].figures(by).gain if held else None
+        if gain is not None and is_clear(gain, by):
             return Recommendation(held[0], _why_plug_in(held[0], len(held), within, zero, by))
     first = fitting[0]
     if first.verdict == "gap not clear":
         return _nothing(f"{_none_of(len(fitting))} {within} keeps the tuned emulator clearly behind the plug-in")
+    found, advice = first.figures(by), ""
+    if found.of_adapter is None:
+        advice = "; nor does the same adapter on the uncompressed model: more steps or another rate may help"
     return _nothing(
         f"{within} and with the tuned emulator behind the plug-in, the best plug-in ({first.spec}) has "
-        f"{by.level(first.figures(by).plug_in)} {by.unit} against {by.told(zero)} untuned, so nothing is gained"
+        f"{by.level(found.plug_in)} {by.unit} against {by.told(zero)} untuned, so nothing is clearly gained{advice}"
     )
 
 
@@ -104,10 +107,12 @@ def _why_plug_in(best: Standing, count: int, within: str, zero: float, by: Yards
     among = "It is the only one that keeps"
     among = among if count == 1 else f"It has the best plug-in of the {count} that keep"
     assert found.margin is not None  # without it there is no such verdict
-    better = by.told_step(abs(found.margin.mean))
+    compared = f"{by.told_step(-found.margin.mean)} {by.step_unit} better"
+    if found.margin.mean >= 0:
+        compared = "not clearly worse"
     return (
         f"{among} the tuned emulator behind the plug-in {within} ({gain}; gap {by.step(found.gap)}), but take care: "
-        f"that emulator is {better} {by.step_unit} better than the untuned model, which is given away."
+        f"that emulator is {compared} than the untuned model, which is given away."
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from offsite_fl.choosing.budget import Budget
-from offsite_fl.choosing.candidates import DEFAULTS, distinct
+from offsite_fl.choosing.candidates import DEFAULTS, check_candidates, distinct
 from offsite_fl.choosing.kinds import TEXT, Kind
 from offsite_fl.config import TuneConfig, check
 
@@ -60,6 +60,7 @@ class Settings:
         object.__setattr__(self, "candidates", distinct(self.candidates, self.budget))
         object.__setattr__(self, "rates", tuple(self.rates) or (self.tune.lr,))
         check(bool(self.candidates), "there is no candidate; name at least one emulator")
+        check_candidates(self.candidates, self.budget)
         for name in ("rates", "full_rates", "scales"):
             values = getattr(self, name)
             good = bool(values) and all(math.isfinite(v) and v > 0 for v in values)

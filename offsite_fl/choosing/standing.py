@@ -30,6 +30,7 @@ CLEAR_ERRORS = 2.0
 class Figures:
     """What tuning is worth in one number, the loss or the accuracy; None where not all seeds tell.
 
+    * ``gain``: how much better the plug-in is than the untuned full model;
     * ``gap``: how far the tuned emulator, which data owners keep, stays behind the plug-in, which the owner gets;
     * ``margin``: how far it stays behind the untuned full model; below 0 the model is given away;
     * ``of_adapter``: the plug-in's gain on the untuned model as a share of that of the same adapter tuned on the
@@ -41,6 +42,7 @@ class Figures:
     emulator_zero_shot: OverSeeds | None = None
     emulator_tuned: OverSeeds | None = None
     plug_in: OverSeeds | None = None
+    gain: OverSeeds | None = None
     gap: OverSeeds | None = None
     margin: OverSeeds | None = None
     of_adapter: OverSeeds | None = None
@@ -160,13 +162,19 @@ def judge(figures: Figures, public_margin: OverSeeds, judged_in: Yardstick = LOS
         return "worse than the full model" if public_margin.mean > CLEAR_NATS else "as good as the full model"
     if not is_clear(figures.gap, judged_in):
         return "gap not clear"
-    return "gives the model away" if figures.margin.mean < 0 else "protects"
+    return "gives the model away" if figures.margin.mean < _noise(figures.margin) else "protects"
 
 
-def is_clear(gap: OverSeeds, judged_in: Yardstick = LOSS) -> bool:
-    """Whether a gap is clearly above 0: by two standard errors over seeds, or with one seed by the yardstick's own."""
-    error = gap.standard_error
-    return gap.mean > (judged_in.clear if error is None else max(0.0, CLEAR_ERRORS * error))
+def is_clear(found: OverSeeds, judged_in: Yardstick = LOSS) -> bool:
+    """Whether a gap or a gain is clearly above 0: by more than two standard errors over the seeds, and by more than the
+    yardstick's own bound, below which one test set tells nothing however well the seeds agree.
+    """
+    return found.mean > max(judged_in.clear, _noise(found))
+
+
+def _noise(found: OverSeeds) -> float:
+    """What a number over several seeds may be off by; 0 for one seed, of which it isn't known."""
+    return CLEAR_ERRORS * (found.standard_error or 0.0)
 
 
 def _not_finite(cells: Sequence[Cell]) -> list[str]:
@@ -202,6 +210,7 @@ def _figures(cells: Sequence[Cell], reference: Reference, yardstick: Yardstick) 
         "emulator_zero_shot": both(lambda n: n.emulator_zero_shot),
         "emulator_tuned": both(lambda n: n.emulator_tuned),
         "plug_in": both(lambda n: n.plug_in),
+        "gain": both(lambda n: yardstick.behind(n.zero_shot, n.plug_in)),
         "gap": both(lambda n: behind(n, n.plug_in)),
         "margin": both(lambda n: behind(n, n.zero_shot)),
         "of_adapter": _share_of_gain(cells, reference.best_of_adapter, yardstick),

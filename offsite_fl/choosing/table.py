@@ -16,6 +16,7 @@ from offsite_fl.choosing.choice import Choice
 from offsite_fl.choosing.over_seeds import csv_cells, csv_head, part, percent, shown
 from offsite_fl.choosing.standing import Figures, Standing, Verdict
 from offsite_fl.choosing.yardstick import Yardstick
+from offsite_fl.evaluation.markup import duration
 
 UNCOMPRESSED, FULL = "uncompressed", "full fine-tuning"
 _OVER_SEEDS = (
@@ -27,6 +28,7 @@ _OVER_SEEDS = (
     "emulator_zero_shot",
     "emulator_tuned",
     "plug_in",
+    "gain",
     "gap",
     "margin",
     "of_adapter",
@@ -51,8 +53,10 @@ _PLAIN = (
 )
 
 
-# From so many columns of a terminal on there is room for all that isn't brief, and what is left out below that.
+# From so many columns of a terminal on there is room for everything, and for all that is brief.
+ROOMY = 200
 WIDE = 120
+# What is left out below that.
 NOT_NARROW = ("verbatim", "cosine")
 # Verdicts where there is little room.
 BRIEF: dict[Verdict, str] = {
@@ -77,7 +81,9 @@ _OF_ALL = (
     Column("bytes", lambda s: part(s.share)),
     Column("verbatim", lambda s: part(s.verbatim_share)),
     Column("FLOPs", lambda s: part(s.flops_share), brief=False),
+    Column("built in", lambda s: "" if s.build_seconds is None else duration(s.build_seconds), brief=False),
     Column("cosine", lambda s: shown(s.cosine)),
+    Column("norm ratio", lambda s: shown(s.norm_ratio), brief=False),
     Column("public loss", lambda s: shown(s.public_loss), brief=False),
 )
 _RATE = Column("lr", lambda s: "/".join(dict.fromkeys(f"{rate:g}" for rate in s.rates)), brief=False)
@@ -138,7 +144,8 @@ def columns_of(choice: Choice, brief: bool = False) -> tuple[Column, ...]:
 
 def reference_lines(choice: Choice) -> list[tuple[str, dict[str, str]]]:
     """What candidates are set against, by the name of the column."""
-    best = {"bytes": "100%", "FLOPs": "100%", "public loss": f"{choice.public_loss:.3f}", "cosine": "1.000"}
+    best = {"bytes": "100%", "FLOPs": "100%", "cosine": "1.000", "norm ratio": "1.000"}
+    best["public loss"] = f"{choice.public_loss:.3f}"
     full: dict[str, str] = {}
     if not choice.tuned:
         return [(UNCOMPRESSED, best)]
@@ -166,7 +173,11 @@ def rich_table(choice: Choice, width: int = 80) -> Table:
     Where there is little room means stand without their deviations, which the files have.
     """
     wide = width >= WIDE
-    columns = [c for c in columns_of(choice, brief=True) if wide or not choice.tuned or c.name not in NOT_NARROW]
+    columns = [
+        column
+        for column in columns_of(choice, brief=width < ROOMY)
+        if wide or not choice.tuned or column.name not in NOT_NARROW
+    ]
     table = Table(title=f"Emulators within {choice.settings.budget} of the middle", title_justify="left")
     if not wide:
         table.box, table.padding, table.pad_edge = box.SIMPLE_HEAD, (0, 0), False

@@ -13,8 +13,8 @@ from offsite_fl.choosing.results import Numbers, Tuned
 class Yardstick:
     """A number of a tuned network on the test data.
 
-    ``read`` takes it from what was measured, ``more_is`` is 1 where more is worse and -1 where it is better. With one
-    seed a gap is clear from ``clear`` on. ``level`` and ``step`` say a number and a difference to people, in units of
+    ``read`` takes it from what was measured, ``more_is`` is 1 where more is worse and -1 where it is better. No
+    difference up to ``clear`` counts. ``level`` and ``step`` say a number and a difference to people, in units of
     ``unit`` and ``step_unit``.
     """
 
@@ -40,7 +40,7 @@ class Yardstick:
         return self.step(OverSeeds.of([value]))
 
 
-# With one seed there is no standard error, so a gap must be larger than what seeds usually make of it.
+# What seeds usually make of a loss; with several of them a gap must be larger than their standard errors too.
 CLEAR_NATS = 0.02
 # Two standard errors of an accuracy of one half on 400 examples.
 CLEAR_SHARE = 0.05

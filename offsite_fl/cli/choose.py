@@ -12,11 +12,13 @@ from offsite_fl.cli.files import check_writable
 from offsite_fl.cli.output import AsJson, Stages, emit, line, result
 from offsite_fl.cli.settings import BatchSize, BlockSize, LossOn, Pairs, head_of, tune_settings
 from offsite_fl.cli.spread import SpreadSplit, cut_of, provisional_split, split_owner
-from offsite_fl.config import TuneConfig, kebab
+from offsite_fl.config import TuneConfig, check, kebab
+from offsite_fl.errors import ConfigError
 
 if TYPE_CHECKING:
     from offsite_fl.choosing import Choice
 
+FILES = ("choose.html", "choose.json", "choose.csv", "choose.md")
 # Enough steps to tell emulators apart, few enough to try many; --set and the options say otherwise.
 TUNING = {"max_steps": 16, "batch_size": 8, "lr": 5e-4, "schedule": "cosine"}
 
@@ -96,20 +98,25 @@ def choose(
     named; without, the one that keeps the adapter's gradients best. A classifier of images or text is judged by
     accuracy. FOLDER gets choose.html, .json, .csv and .md.
     """
+    if not data:
+        _refuse_tuning(steps=steps, lr=lr, scale=scale, test_tokens=test_tokens, test_examples=test_examples)
+    check(not full_lr or full_fine_tuning, "--full-lr is for --full-fine-tuning, which isn't asked for")
     config, chosen = _tuning(pairs, steps, batch_size, block_size, loss_on), _seeds(seeds)
     cut, stages = cut_of(first, last, at, split), Stages()
     with stages("getting ready"):
         from offsite_fl.choosing import Budget
         from offsite_fl.choosing import choose as compare
+        from offsite_fl.choosing.candidates import check_candidates
         from offsite_fl.emulators import parse_emulator
         from offsite_fl.evaluation.plots import require_matplotlib
         from offsite_fl.owner import ModelOwner
 
         # Before the long work, which would be lost.
         size = Budget.parse(budget)
+        check_candidates(candidate or (), size)
         if isinstance(cut, SpreadSplit):
             cut.check(calibration)
-        check_writable(out / "choose.json")
+        _check_free(out)
         require_matplotlib()
     with stages(f"opening {model}"):
         start = provisional_split() if isinstance(cut, SpreadSplit) else cut
@@ -152,6 +159,23 @@ def choose(
         _print(choice, model)
 
 
+def _refuse_tuning(**options: Any) -> None:
+    """``ConfigError`` for options about tuning where there is nothing to tune on."""
+    for name, value in options.items():
+        check(not value, f"--{kebab(name)} is about tuning, and without --data nothing is tuned: give both or neither")
+
+
+def _check_free(out: Path) -> None:
+    """``ConfigError`` unless the page and the tables can be written to ``out`` and replace nothing but their like."""
+    check_writable(out / "choose.json")
+    there = [name for name in FILES if (out / name).exists()]
+    if there and not (out / "cells.jsonl").is_file():
+        raise ConfigError(
+            f"{out} has {' and '.join(there)} but no cells.jsonl, so no comparison was made there, and they won't be "
+            "overwritten; give another --out"
+        )
+
+
 def _print(choice: Choice, model: str) -> None:
     from offsite_fl.choosing.table import rich_table
 
@@ -163,7 +187,7 @@ def _print(choice: Choice, model: str) -> None:
     if choice.best is not None:
         console.print(line(f"take: {choice.best.spec}"), style="bold", soft_wrap=True)
     console.print(line(choice.why), soft_wrap=True)
-    for name in ("choose.html", "choose.json", "choose.csv", "choose.md"):
+    for name in FILES:
         console.print(line(f"{name.partition('.')[2]}: {choice.out / name}"), soft_wrap=True)
 
 

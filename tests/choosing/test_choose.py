@@ -30,7 +30,7 @@ from tests.choosing.conftest import cell, references
 PUBLIC = Dataset.from_dict({"text": ["the cat sat on the mat and the dog lay by the door. " * 40]})
 PRIVATE = Dataset.from_dict({"text": ["seven bright ships went out to sea and three came home again; " * 40]})
 FAST = TuneConfig(max_steps=2, lr=1e-2, batch_size=4, block_size=16, progress=False)
-CANDIDATES = ("layer-drop:{keep}", "quantize:bits=8,group=16", "first:keep=9", "nothing:keep=1")
+CANDIDATES = ("layer-drop:{keep}", "quantize:bits=8,group=16", "first:keep=9")
 
 
 @pytest.fixture
@@ -64,9 +64,8 @@ def test_a_comparison(owner: ModelOwner, tmp_path: Path) -> None:
     choice = compare(owner, tmp_path, full_fine_tuning=True, full_rates=(1e-2,), seeds=(0, 1))
     assert all(torch.equal(tensor, before[name]) for name, tensor in owner.model.state_dict().items())
     by_spec = {standing.spec: standing for standing in choice.standings}
-    assert set(by_spec) == {"layer-drop:keep=0.5", "quantize:bits=8,group=16", "first:keep=9", "nothing:keep=1"}
+    assert set(by_spec) == {"layer-drop:keep=0.5", "quantize:bits=8,group=16", "first:keep=9"}
     assert "can't keep 9 of 4" in by_spec["first:keep=9"].errors[0]
-    assert "unknown emulator 'nothing'" in by_spec["nothing:keep=1"].errors[0]
     dropped = by_spec["layer-drop:keep=0.5"]
     assert dropped.share == 0.5 and dropped.asked_bytes == dropped.bytes and dropped.seeds == (0, 1)
     assert dropped.flops_share == pytest.approx(0.5) and len(dropped.cosine_by_block) == 2
@@ -131,6 +130,10 @@ def test_without_data_nothing_is_tuned(owner: ModelOwner, tmp_path: Path) -> Non
         ({"budget": "100MB"}, "leaves nothing to compress"),
         ({"candidates": ()}, "there is no candidate"),
         ({"seeds": (1, 1)}, "names one twice"),
+        (
+            {"candidates": ("first:{keep}", "nothing:keep=1", "last:{keep},x=1")},
+            r"candidate 'nothing:keep=1': unknown emulator 'nothing'.*; candidate 'last:keep=0.5,x=1': ",
+        ),
         ({"scales": (0.0,)}, "scales must be one or more numbers above 0"),
     ],
 )

@@ -228,7 +228,7 @@ def test_long_methods_get_a_folder_that_goes_with_the_cell(
             compare(owner, tmp_path, candidates=(spec,))
     assert list((tmp_path / "work").rglob("state.safetensors"))
     compare(owner, tmp_path, candidates=(spec,))
-    assert not list((tmp_path / "work").iterdir())
+    assert not (tmp_path / "work").exists()
     assert cells(tmp_path)[-1]["spec"] == spec
 
 

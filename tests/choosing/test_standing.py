@@ -81,7 +81,7 @@ def test_of_classes_the_most_accurate_plug_in_is_taken() -> None:
 def test_of_classes_what_gains_nothing_is_not_taken() -> None:
     worse = of_classes(cell("worse", tuned=(5.0, 2.0), accuracy=right(0.5, 0.3, 0.45)))
     said = recommend([worse], "50%", 0.5, 3.0, CLASSES)
-    assert said.best is None and "45.0% right against 50.0% untuned, so nothing is gained" in said.why
+    assert said.best is None and "45.0% right against 50.0% untuned, so nothing is clearly gained" in said.why
 
 
 def test_the_plug_in_without_the_repair_over_seeds() -> None:
@@ -119,6 +119,22 @@ def test_a_gap_within_the_noise_of_seeds_is_not_clear() -> None:
     """Gaps 0.5 and -0.3: mean 0.1, standard error 0.4."""
     cells = [cell(seed=0, tuned=(4.5, 4.0)), cell(seed=1, tuned=(4.2, 4.5))]
     assert stand(*cells, seeds=(0, 1)).verdict == "gap not clear"
+
+
+def test_a_gap_that_no_test_set_could_tell_is_not_clear_however_well_seeds_agree() -> None:
+    cells = [cell(seed=s, tuned=(3.505, 3.5)) for s in (0, 1)]
+    assert stand(*cells, seeds=(0, 1)).verdict == "gap not clear"
+
+
+@pytest.mark.parametrize(("low", "verdict"), [(3.8, "gives the model away"), (4.3, "protects")])
+def test_what_only_some_seeds_protect_is_given_away(low: float, verdict: str) -> None:
+    """Untuned 4.0. Margins 0.4 and -0.2: mean 0.1, standard error 0.3. Margins 0.4 and 0.3: 0.35 and 0.05."""
+    cells = [cell(seed=0, tuned=(4.4, 3.0)), cell(seed=1, tuned=(low, 3.0))]
+    found = stand(*cells, seeds=(0, 1))
+    assert found.verdict == verdict
+    if verdict != "protects":
+        said = recommend([found], "50%", 4.0, 3.0)
+        assert said.best is found and "that emulator is not clearly worse than the untuned model" in said.why
 
 
 def test_more_bytes_than_allowed() -> None:
@@ -164,7 +180,21 @@ def test_where_none_protects_the_reader_is_warned() -> None:
 
 def test_what_gains_nothing_is_not_taken() -> None:
     said = recommend([stand(cell("worse", tuned=(5.0, 4.2)))], "50%", 4.0, 3.0)
-    assert said.best is None and "nothing is gained" in said.why
+    assert said.best is None and "nothing is clearly gained" in said.why
+
+
+def test_a_gain_within_the_noise_of_seeds_is_not_taken() -> None:
+    """Plug-ins 3.8 and 4.1 of an untuned 4.0: a gain of 0.05, standard error 0.15."""
+    found = stand(*(cell(seed=s, tuned=(5.0, 3.8 + 0.3 * s)) for s in (0, 1)), seeds=(0, 1))
+    said = recommend([found], "50%", 4.0, 3.0)
+    assert said.best is None and "nothing is clearly gained" in said.why and "nor does" not in said.why
+
+
+def test_where_the_adapter_can_t_gain_that_is_told() -> None:
+    reference = Reference.of([cell("uncompressed", role="uncompressed", tuned=(4.1, 4.1))])
+    found = standing_of([cell("one", tuned=(5.0, 4.2))], reference, HALF)
+    said = recommend([found], "50%", 4.0, 3.0)
+    assert said.best is None and "nor does the same adapter on the uncompressed model" in said.why
 
 
 def test_without_data_the_gradient_decides() -> None:

@@ -47,6 +47,13 @@ def test_a_wide_one_has_deviations() -> None:
     assert "±" not in printed(choice(), 80)
 
 
+def test_a_roomy_one_has_everything() -> None:
+    made = choice(scales=(ScaleTried(0.5, 3.0, 3.5),))
+    head = " ".join(printed(made, 260).split())
+    assert all(column.name in head for column in columns_of(made))
+    assert "norm ratio" not in printed(made, 160)
+
+
 def test_columns_say_only_what_was_measured() -> None:
     def names(made: Choice) -> set[str]:
         return {column.name for column in columns_of(made)}
@@ -54,7 +61,15 @@ def test_columns_say_only_what_was_measured() -> None:
     assert "recovered" in names(choice()) and "recovered" not in names(choice(full=False))
     assert "scale" not in names(choice())
     assert {"scale", "plug-in scaled"} <= names(choice(scales=(ScaleTried(0.5, 3.0, 3.5),)))
-    assert names(choice(tuned=False)) == {"bytes", "verbatim", "FLOPs", "cosine", "public loss"}
+    assert names(choice(tuned=False)) == {
+        "bytes",
+        "verbatim",
+        "FLOPs",
+        "built in",
+        "cosine",
+        "norm ratio",
+        "public loss",
+    }
 
 
 def test_numbers_for_people_by_hand() -> None:

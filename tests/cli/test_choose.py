@@ -25,7 +25,8 @@ def test_json_and_files(world: World, tmp_path: Path) -> None:
 
 
 def test_what_is_printed(world: World, tmp_path: Path) -> None:
-    given = ("choose", world.model, "--calibration", world.text, "--out", tmp_path / "choice", *FAST, *TWO)
+    sources = ("--calibration", world.text, "--data", world.text)
+    given = ("choose", world.model, *sources, "--out", tmp_path / "choice", *FAST, *TWO)
     said = run_cli(*given, "--candidate", "first:keep=9").stdout
     assert "layer-drop" in said and "can't keep 9 of 4" in said and "choose.html" in said.replace("\n", "")
 
@@ -36,11 +37,26 @@ def test_what_is_printed(world: World, tmp_path: Path) -> None:
         (("--budget", "lots"), "budget 'lots' can't be read"),
         (("--full-fine-tuning",), "full fine-tuning needs data"),
         (("--set", "batch-size=0"), "batch-size"),
+        (("--steps", 3), "--steps is about tuning, and without --data nothing is tuned"),
+        (("--scale", 0.5), "--scale is about tuning"),
+        (("--full-lr", 1e-4), "--full-lr is for --full-fine-tuning"),
+        (
+            ("--candidate", "first:{keep}", "--candidate", "frist:{keep}"),
+            "candidate 'frist:keep=0.5': unknown emulator",
+        ),
     ],
 )
 def test_what_is_wrong_is_told(world: World, tmp_path: Path, more: tuple[str, ...], message: str) -> None:
     given = ("choose", world.model, "--calibration", world.text, "--out", tmp_path / "choice")
     assert message in error_of(*given, "--block-size", 16, *more)
+
+
+def test_somebody_else_s_files_are_kept(world: World, tmp_path: Path) -> None:
+    other = tmp_path / "choice" / "choose.json"
+    other.parent.mkdir()
+    other.write_text("mine")
+    said = error_of("choose", world.model, "--calibration", world.text, "--out", other.parent, "--block-size", 16)
+    assert "has choose.json but no cells.jsonl" in said and other.read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -70,7 +86,7 @@ def test_seeds_splits_and_settings(world: World, tmp_path: Path, text: str, seed
     assert settings["seeds"] == seeds and settings["split"] == "at=0,5" and settings["model"] == "model"
     assert settings["tune.max-steps"] == 1 and settings["tune.weight-decay"] == 0.1
     assert settings["tune.batch-size"] == 8 and settings["rates"] == [5e-4] and settings["tune.schedule"] == "cosine"
-    assert told["candidates"][0]["spec"].startswith("prune:bytes=3072") and told["budget_bytes"] == 3072
+    assert told["candidates"][0]["spec"].startswith("prune:bytes=3000") and told["budget_bytes"] == 3000
 
 
 def test_an_adapter_spread_over_the_blocks(world: World, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def test_a_classifier_by_commands(kind: str, tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
-    model, public, *_ = files("bert", tmp_path)
-    given = ("choose", model, "--calibration", public, "--out", tmp_path / "choice", *FAST)
+    model, public, private, _ = files("bert", tmp_path)
+    given = ("choose", model, "--calibration", public, "--data", private, "--out", tmp_path / "choice", *FAST)
     assert "give test-examples" in error_of(*given, "--test-tokens", 64)
     assert "head-from is calibration or model, got 'clouds'" in error_of(*given, "--head-from", "clouds")
