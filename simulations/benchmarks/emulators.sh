@@ -1,10 +1,11 @@
 #!/bin/sh
 # The tables of docs/emulators.md: emulators side by side, one data owner with the texts of all four. What stands in
 # the folder under runs/ already isn't measured again, so it can be stopped at any time and goes on where it was.
-# From the repository root, in the environment of `make venv` (with MODEL=pico after `make pico`):
+# The pages of all, few, trained and ours are written to one folder, over each other; cells stay and are shared.
+# From the repository root, in the environment of `make venv` (for pico after `make pico`):
 #
 #     sh simulations/benchmarks/emulators.sh all        # SmolLM2: every training-free method, one seed: half an hour on 2 cores
-#     sh simulations/benchmarks/emulators.sh few        # SmolLM2: the best four and the controls with three seeds
+#     sh simulations/benchmarks/emulators.sh few        # SmolLM2: the best, what papers start from, controls: three seeds
 #     sh simulations/benchmarks/emulators.sh trained    # SmolLM2: the methods that train, one seed
 #     sh simulations/benchmarks/emulators.sh ours       # SmolLM2: what this project adds to the papers, one seed
 #     sh simulations/benchmarks/emulators.sh pico 30%   # the small model: every method, three seeds; half an hour
@@ -27,8 +28,8 @@ all | pico)
     ;;
 few)
     set -- "quantize:bits=4,group=0" "quantize:bits=4,group=64" "$default" "gradot:{keep}" \
-        "gradot:{keep}+align:where=all" "layer-drop:{keep}+distill:steps=40" \
-        "random:{keep}" "first:{keep}" "last:{keep}" "similarity:{keep}"
+        "gradot:{keep}+align:where=all" "layer-drop:{keep}+distill:steps=40" "crash:{keep},sharing=all" \
+        "layer-drop:{keep}" "random:{keep}" "first:{keep}" "last:{keep}" "similarity:{keep}"
     ;;
 trained)
     set -- "layer-drop:{keep}+distill:steps=40" "scaleot:{keep},steps=40" "smooth:{keep},mode=train,steps=24" \
