@@ -9,7 +9,7 @@
 #     sh simulations/benchmarks/emulators.sh trained    # SmolLM2: the methods that train, one seed
 #     sh simulations/benchmarks/emulators.sh ours       # SmolLM2: what this project adds to the papers, one seed
 #     sh simulations/benchmarks/emulators.sh pico 30%   # the small model: every method, three seeds; half an hour
-#     sh simulations/benchmarks/emulators.sh pico-ours  # the small model: what this project adds, three seeds
+#     sh simulations/benchmarks/emulators.sh pico-ours  # the small model: what this project adds, and what it starts from, three seeds
 set -eu
 cache="${OFFSITE_FL_CACHE:-$HOME/.cache/offsite-fl}"
 default="low-rank:keep=0.975,targets=q_proj/k_proj/v_proj/o_proj+quantize:bits=4,group=0"
@@ -44,7 +44,9 @@ pico-ours)
         "gradot:{keep}+align:where=all" "prune:{keep},mode=structured+align" \
         "prune:{keep},mode=structured+align:where=all" "low-rank:{keep}+align" "crash:{keep}+align:where=all" \
         "gradient-match:{keep}" "gradient-match:{keep}+align:where=all" \
-        "layer-drop:{keep}+distill:steps=100,w-grad=10" "gradient-match:{keep}+distill:steps=100,w-grad=10"
+        "layer-drop:{keep}+distill:steps=100,w-grad=10" "gradient-match:{keep}+distill:steps=100,w-grad=10" \
+        "layer-drop:{keep}" "gradot:{keep}" "prune:{keep},mode=structured" "low-rank:{keep}" "crash:{keep}" \
+        "layer-drop:{keep}+distill:steps=100"
     ;;
 *)
     echo "usage: $0 [all|few|trained|ours|pico|pico-ours [BUDGET]]" >&2
