@@ -8,6 +8,7 @@
 #     sh simulations/benchmarks/emulators.sh few        # SmolLM2: the best, what papers start from, controls: three seeds
 #     sh simulations/benchmarks/emulators.sh trained    # SmolLM2: the methods that train, one seed
 #     sh simulations/benchmarks/emulators.sh ours       # SmolLM2: what this project adds to the papers, one seed
+#     sh simulations/benchmarks/emulators.sh costs      # SmolLM2: what building takes, nothing tuned: a quarter of an hour
 #     sh simulations/benchmarks/emulators.sh pico 30%   # the small model: every method, three seeds; half an hour
 #     sh simulations/benchmarks/emulators.sh pico-ours  # the small model: what this project adds, and what it starts from, three seeds
 set -eu
@@ -19,7 +20,7 @@ all | trained | ours) seeds=1 full=--full-fine-tuning ;;
 pico*) full="--full-fine-tuning --full-lr 1e-3 --full-lr 2e-3" ;;
 esac
 case "$set_of" in
-all | pico)
+all | pico | costs)
     set -- "quantize:bits=4,group=0" "quantize:bits=4,group=64" "$default" "quantize:{keep}" "low-rank:{keep}" \
         "low-rank:{keep},mode=activation" "low-rank:{keep},mode=plain" "gradot:{keep}" \
         "gradot:{keep},allocation=global" "smooth:{keep},mode=prox" "prune:{keep},mode=structured" \
@@ -49,7 +50,7 @@ pico-ours)
         "layer-drop:{keep}+distill:steps=100"
     ;;
 *)
-    echo "usage: $0 [all|few|trained|ours|pico|pico-ours [BUDGET]]" >&2
+    echo "usage: $0 [all|few|trained|ours|costs|pico|pico-ours [BUDGET]]" >&2
     exit 2
     ;;
 esac
@@ -57,10 +58,17 @@ if [ "$set_of" = pico ]; then
     set -- "$@" "layer-drop:{keep}+distill:steps=100" "scaleot:{keep},steps=100" "smooth:{keep},mode=train,steps=100" \
         "low-rank:{keep}+loss-margin:steps=100,lr=1e-4"
 fi
+if [ "$set_of" = costs ]; then
+    set -- "$@" "gradot:{keep}+align:where=all" "gradient-match:{keep}"
+fi
 for spec; do
     set -- "$@" --candidate "$spec"
     shift
 done
+if [ "$set_of" = costs ]; then
+    exec offsite-fl choose smollm2 "$@" --budget "$budget" --out runs/choose-costs \
+        --calibration "$cache/quickstart/public.txt" --held-out-tokens 1024
+fi
 if [ "$set_of" != "${set_of#pico}" ]; then
     texts="$cache/quickstart-bible" out="runs/choose-$set_of-${budget%\%}"
     set -- "$cache/pico" "$@" --held-out-tokens 4096 --test-tokens 8192 --steps 32 --batch-size 16 --lr 1e-3
