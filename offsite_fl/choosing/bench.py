@@ -34,7 +34,8 @@ from offsite_fl.data.loader import Batch
 from offsite_fl.emulators import Context, Emulator, EmulatorMethod, start
 from offsite_fl.emulators.budget import stored_bytes
 from offsite_fl.emulators.gradients import emulator_gradients, full_gradients, match_gradients
-from offsite_fl.emulators.report import emulated_network, flops_share, hidden_error, verbatim_share
+from offsite_fl.emulators.report import emulated_network, flops_share, hidden_error
+from offsite_fl.emulators.verbatim import verbatim_share
 from offsite_fl.models.head import by_slot_names
 from offsite_fl.owner import ModelOwner
 from offsite_fl.repair import Repair

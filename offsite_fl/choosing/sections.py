@@ -102,7 +102,8 @@ def costs(choice: Choice) -> Markup:
     done = table([*head, "public loss"], lines, text_columns=(0, 1))
     about = (
         f"The middle holds {human_bytes(choice.middle_bytes)}. Verbatim: share of the full model's parameters that "
-        "leaves unchanged. FLOPs: of the emulated middle, forward. Memory: growth at the peak of building. Hidden "
+        "leaves unchanged, single rows, columns and entries too. FLOPs: of the emulated middle, forward. Memory: "
+        "growth at the peak of building. Hidden "
         f"error and loss: untuned, on held-out {choice.settings.kind.public}, on which the full model has "
         f"{choice.public_loss:.3f}."
     )

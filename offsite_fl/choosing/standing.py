@@ -133,7 +133,7 @@ def standing_of(cells: Sequence[Cell], reference: Reference, budget: Budget, jud
     size = round(sum(b.bytes for b in built) / len(built))
     figures = {yardstick.name: _figures(good, reference, yardstick) for yardstick in (LOSS, ACCURACY)}
     public_margin = _over_seeds(public, lambda p: p.emulator_loss - p.full_loss)
-    over = size > allowed + TOLERANCE * middle
+    over = size > allowed * (1 + TOLERANCE)
     errors += tuple(f"{what} isn't a finite number" for what in _not_finite(good))
     judged = judge(Figures(**figures[judged_in.name]), public_margin, judged_in)
     return Standing(

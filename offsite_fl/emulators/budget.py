@@ -18,7 +18,7 @@ from offsite_fl.config import check
 from offsite_fl.emulators.base import Context, Emulator, EmulatorMethod
 from offsite_fl.sizes import parse_bytes
 
-# How far the bytes may be from those that were asked for, as a share of what the method was given.
+# How far the bytes may be from those that were asked for, as a share of the latter.
 TOLERANCE = 0.02
 
 
@@ -47,7 +47,7 @@ class BudgetedMethod(EmulatorMethod):
         return parse_bytes(self.bytes) if self.bytes else round(self.keep * emulator_bytes(emulator))
 
     def compress(self, emulator: Emulator, context: Context) -> Emulator:
-        """Compress to the budget; where it is missed by more than 2 % the result carries a note that says why."""
+        """Compress to the budget; where it is missed by more than 2 % of it the result carries a note that says why."""
         budget = self.budget(emulator)
         built = self.reduce(emulator, context, budget)
         return built if budget is None else held_against(budget, emulator, built, self.name, self._why_missed())
@@ -61,9 +61,9 @@ class BudgetedMethod(EmulatorMethod):
 
 
 def held_against(budget: int, given: Emulator, built: Emulator, name: str, why: str) -> Emulator:
-    """``built``, which method ``name`` made of ``given``, with a note if it misses ``budget`` by more than 2 %."""
+    """``built``, which method ``name`` made of ``given``, with a note if it is more than 2 % of ``budget`` off."""
     before, held = emulator_bytes(given), emulator_bytes(built)
-    if abs(held - budget) <= TOLERANCE * before:
+    if abs(held - budget) <= TOLERANCE * budget:
         return built
     note = f"{name} was asked for {budget / before:.1%} of the bytes and holds {held / before:.1%}"
     return replace(built, notes=(*built.notes, f"{note}: {why}" if why else note))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import nn
 
@@ -49,8 +49,6 @@ class Crash(BlockChoice):
     sharing: Sharing = "all"
     placement: Literal["sandwich", "spread"] = "sandwich"
 
-    grain: ClassVar[str] = "blocks are kept whole, and copies of adapter blocks count"
-
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices(self)
@@ -65,6 +63,9 @@ class Crash(BlockChoice):
         filled = {place: slots[stand_in] for place, stand_in in chosen.stand_ins.items()}
         built = Emulator([*kept.blocks, *copies], kept.layout | filled)
         return built if budget is not None or not copies else replace(built, notes=(_cost(copies),))
+
+    def _why_missed(self) -> str:
+        return self.grain if self.sharing == "none" else f"{self.grain}, and copies of adapter blocks count"
 
     def choose(self, emulator: Emulator, count: int, context: Context) -> tuple[int, ...]:
         """The centres of ``count`` clusters."""

@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from offsite_fl.config import check
 from offsite_fl.emulators.base import Batch, Context, Emulator, EmulatorMethod, register
@@ -28,8 +28,10 @@ from offsite_fl.emulators.handed_back import (
 from offsite_fl.emulators.student import Student, Teacher
 from offsite_fl.emulators.training import TrainingRun, hold_out, refuse_packed, with_values
 from offsite_fl.emulators.training_state import RunState
+from offsite_fl.errors import EmulatorError
 from offsite_fl.evaluation.loss import evaluate_loss
 from offsite_fl.evaluation.objective import objective_of
+from offsite_fl.models.tasks import task_of
 
 
 @register("distill")
@@ -37,12 +39,13 @@ from offsite_fl.evaluation.objective import objective_of
 class Distill(EmulatorMethod):
     """Train the emulator towards the full middle's output and the next token; never ends worse than it began.
 
-    Offsite-Tuning, arXiv 2302.04870: ``w_lm * L_LM + w_kd * L_KD`` with weights 1 and 30 for language models (the
-    defaults) and 0 and 1 for vision. Runs behind any method that leaves trainable weights, so before ``quantize``.
-    ``steps`` steps of AdamW, each on ``accumulate`` batches of the calibration text in a shuffled order that the seed
-    fixes, with gradients clipped to norm ``clip`` (0: not) and ``weight_decay`` on weight matrices only. ``lr`` rises
-    over the first ``warmup`` share of the steps, or over ``warmup_steps`` where it is given, and then follows
-    ``schedule``. A loss whose weight ``w_lm``, ``w_kd`` or ``w_grad`` is 0 isn't computed at all.
+    Offsite-Tuning, arXiv 2302.04870: ``w_lm * L_LM + w_kd * L_KD``. A weight that isn't given (``none``) is the paper's
+    for what the model is for: 1 and 30 for language, classifiers of text included, 0 and 1 for classifiers of images.
+    Runs behind any method that leaves trainable weights, so before ``quantize``. ``steps`` steps of AdamW, each on
+    ``accumulate`` batches of the calibration text in a shuffled order that the seed fixes, with gradients clipped to
+    norm ``clip`` (0: not) and ``weight_decay`` on weight matrices only. ``lr`` rises over the first ``warmup`` share of
+    the steps, or over ``warmup_steps`` where it is given, and then follows ``schedule``. A loss whose weight ``w_lm``,
+    ``w_kd`` or ``w_grad`` is 0 isn't computed at all.
 
     ``w_grad`` is ours: it adds ``w_grad * L_grad``, which compares the gradient that the emulator hands back to the
     adapter blocks in front of it with the full middle's (:mod:`offsite_fl.emulators.handed_back`). A step then also
@@ -65,8 +68,8 @@ class Distill(EmulatorMethod):
 
     steps: int = 200
     lr: float = 1e-4
-    w_lm: float = 1.0
-    w_kd: float = 30.0
+    w_lm: float | None = field(default=None, metadata={"none": "1 and for images 0"})
+    w_kd: float | None = field(default=None, metadata={"none": "30 and for images 1"})
     warmup: float = 0.1
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     clip: float = 1.0
@@ -85,10 +88,12 @@ class Distill(EmulatorMethod):
             check(getattr(self, name) >= 1, f"distill {name} must be at least 1, got {getattr(self, name)}")
         check(self.lr > 0, f"distill lr must be above 0, got {self.lr}")
         for name in ("w_lm", "w_kd", "w_grad", "clip", "weight_decay"):
-            check(getattr(self, name) >= 0, f"distill {name} can't be negative, got {getattr(self, name)}")
-        weights = self.w_lm + self.w_kd + self.w_grad
-        check(weights > 0, "distill has nothing to train for: w-lm, w-kd and w-grad are all 0")
-        check(self.select != "train" or self.w_kd > 0, "distill select=train needs the loss L_KD: w-kd must be above 0")
+            check((getattr(self, name) or 0) >= 0, f"distill {name} can't be negative, got {getattr(self, name)}")
+        idle = self.w_lm == self.w_kd == self.w_grad == 0
+        check(not idle, "distill has nothing to train for: w-lm, w-kd and w-grad are all 0")
+        check(
+            self.select != "train" or self.w_kd != 0, "distill select=train needs the loss L_KD: w-kd must be above 0"
+        )
         check(
             0 <= self.warmup <= 1,
             f"distill warmup is a share of the steps from 0 to 1, got {self.warmup}; warmup-steps is a number of them",
@@ -111,6 +116,18 @@ class Distill(EmulatorMethod):
         held = (list(calibration), []) if self.select == "train" else hold_out(calibration, context)
         train, validation = held
         return with_values(emulator, DistillRun(self, emulator, context, train, validation).run())
+
+    def loss_weights(self, model: nn.Module) -> tuple[float, float]:
+        """``w_lm`` and ``w_kd`` for distilling ``model``: those given, else the paper's for what it is for.
+
+        ``EmulatorError`` if nothing is left to train for.
+        """
+        images = task_of(model) == "image-classification"
+        w_lm, w_kd = (0.0, 1.0) if images else (1.0, 30.0)
+        w_lm, w_kd = w_lm if self.w_lm is None else self.w_lm, w_kd if self.w_kd is None else self.w_kd
+        if w_lm == w_kd == self.w_grad == 0:
+            raise EmulatorError("distill has nothing to train for: w-kd is 0, and for images so is w-lm; give w-lm")
+        return w_lm, w_kd
 
     def rate(self, step: int) -> float:
         """Learning rate of the optimiser step with index ``step`` (from 0).
@@ -146,13 +163,21 @@ def relative_error(teacher: Tensor, student: Tensor, mask: Tensor) -> tuple[Tens
 
 @dataclass
 class DistillRun(TrainingRun[Distill]):
-    """One distillation; ``interval`` holds the L_KD of each batch since the last candidate."""
+    """One distillation; ``interval`` holds the L_KD of each batch since the last candidate.
 
+    ``w_lm`` and ``w_kd`` are the weights of the losses once the model is known.
+    """
+
+    w_lm: float = field(init=False)
+    w_kd: float = field(init=False)
     teacher: Teacher = field(init=False)
     full: FullMiddle = field(init=False)
     interval: list[float] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
+        self.w_lm, self.w_kd = self.options.loss_weights(self.context.model)
+        # Checkpoints are named by the options, so these say the weights that the run has.
+        self.options = replace(self.options, w_lm=self.w_lm, w_kd=self.w_kd)
         super().__post_init__()
         self.teacher = Teacher(self.context)
         self.full = FullMiddle(self.context)
@@ -174,13 +199,13 @@ class DistillRun(TrainingRun[Distill]):
     def _loss(self, batch: Batch) -> Tensor:
         graded = self.options.w_grad > 0
         with twice_differentiable() if graded else nullcontext():
-            entering, state, nats, tokens = self.student.forward(batch, with_loss=self.options.w_lm > 0, leaf=graded)
+            entering, state, nats, tokens = self.student.forward(batch, with_loss=self.w_lm > 0, leaf=graded)
         loss = state.new_zeros((), dtype=torch.float32)
         if nats is not None:
-            loss = loss + self.options.w_lm * nats / max(1, tokens)
-        if self.options.w_kd > 0:
+            loss = loss + self.w_lm * nats / max(1, tokens)
+        if self.w_kd > 0:
             error, size = self._relative_error(batch, entering, state)
-            loss = loss + self.options.w_kd * error / size
+            loss = loss + self.w_kd * error / size
             self.interval.append((error / size).item())
         if graded:
             full = self.full.forward(batch, entering)

@@ -46,7 +46,10 @@ class LowRank(BudgetedMethod):
     ridge: float = 0.01
     targets: tuple[str, ...] = ()
 
-    grain: ClassVar[str] = "ranks are whole, and what isn't a dense linear among the targets stays as it is"
+    grain: ClassVar[str] = (
+        "ranks are whole, the same share of every linear rounded down and 1 at least, and what isn't a dense linear "
+        "among the targets stays as it is"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

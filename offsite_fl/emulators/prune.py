@@ -74,7 +74,7 @@ class Prune(BudgetedMethod):
                 "quantised already can't be pruned, so put prune first, as in 'prune+quantize'"
             )
         fixed = given - sum(u.count * u.size for u in units)
-        counts = counts_within(units, budget - fixed, round(TOLERANCE * given))
+        counts = counts_within(units, budget - fixed, round(TOLERANCE * budget))
         _keep_largest(blocks, units, counts)
         return blocks
 

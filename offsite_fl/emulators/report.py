@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from offsite_fl.emulators.base import Batch, Context, Emulator
 from offsite_fl.emulators.budget import count_parameters, stored_bytes
 from offsite_fl.emulators.streams import Stream, batch_length, read_batches, working_copy
+from offsite_fl.emulators.verbatim import verbatim_share
 from offsite_fl.evaluation.loss import evaluate_loss
 from offsite_fl.models.network import (
     NetworkPlan,
@@ -36,12 +37,13 @@ class EmulatorReport:
     ``bytes`` and ``parameters`` count each emulator block once, in the dtypes it holds (packed weights and their scales
     are bytes but no parameters). ``middle_*`` are the same for the blocks that it stands for, ``full_*`` for the whole
     model. ``verbatim_share`` is the share of the full model's parameters that leave unchanged: adapter, everything
-    outside the blocks, and the emulator tensors that equal the owner's. ``flops_share`` is forward FLOPs of the
-    emulated middle against the middle on one batch; None without calibration data where the model's forward pass wants
-    more than the smallest batch has. ``hidden_error`` is ``||T - S||^2 / ||T||^2`` behind the middle
-    (full model T, emulated S, padding left out), ``perplexity`` that of adapter + emulator, both on calibration text
-    and None without (perplexity also where the model predicts no next token). ``seconds`` is what building took; None
-    if nobody timed it. ``notes`` say what didn't come out as asked for, a missed budget for one.
+    outside the blocks, and of the emulator the entries, rows and columns that are the owner's, bit for bit.
+    ``flops_share`` is forward FLOPs of the emulated middle against the middle on one batch; None without calibration
+    data where the model's forward pass wants more than the smallest batch has. ``hidden_error`` is
+    ``||T - S||^2 / ||T||^2`` behind the middle (full model T, emulated S, padding left out), ``perplexity`` that of
+    adapter + emulator, both on calibration text and None without (perplexity also where the model predicts no next
+    token). ``seconds`` is what building took; None if nobody timed it. ``notes`` say what didn't come out as asked for,
+    a missed budget for one.
     """
 
     bytes: int
@@ -94,28 +96,6 @@ def emulator_report(
         seconds=seconds,
         notes=emulator.notes,
     )
-
-
-def verbatim_share(emulator: Emulator, context: Context) -> float:
-    """Share of the full model's parameters that leaves the owner's house unchanged.
-
-    Adapter blocks and everything outside the blocks always do. An emulator tensor counts if it equals, element for
-    element, the tensor of the same name in the block that it was made from; each of the owner's tensors counts once.
-    """
-    leaving: dict[int, int] = {}
-    for index in context.adapter:
-        leaving.update({id(p): p.numel() for p in context.block(index).parameters()})
-    named = dict(context.model.named_parameters())
-    for name in shared_tensors(context.model, context.blocks):
-        parameter = named.get(name.removeprefix("shared."))
-        if parameter is not None:
-            leaving[id(parameter)] = parameter.numel()
-    for block in emulator.blocks:
-        own = dict(context.block(block.origin).named_parameters())
-        for name, tensor in block.module.named_parameters():
-            if name in own and _same(tensor, own[name]):
-                leaving[id(own[name])] = tensor.numel()
-    return sum(leaving.values()) / count_parameters([context.model])
 
 
 @torch.no_grad()
@@ -229,10 +209,6 @@ def _head(batches: Sequence[Batch], tokens: int) -> list[Batch]:
             break
         head.append(batch)
     return head
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

@@ -48,6 +48,9 @@ class ScaleOT(BudgetedMethod):
     text. (Where whole layers would leave much of the budget unused, one less is replaced and attention goes lower.)
     Only ``alpha``: the rank fills the budget. Only ``rank_keep``: as few layers as possible. Both: they say it all.
     With a ``workdir`` the first stage resumes, and serves every budget once it is done.
+
+    The paper's placement of the adapter by score isn't offered: the adapter stays where the owner's split puts it, and
+    scores only say which layers of the middle are replaced.
     """
 
     alpha: float | None = None
@@ -59,7 +62,9 @@ class ScaleOT(BudgetedMethod):
     samples: int = 3
     eta: float = 0.1
 
-    grain: ClassVar[str] = "layers are replaced whole, ranks are whole, and an MLP stays as it is"
+    grain: ClassVar[str] = (
+        "layers are replaced whole, each by a network of its own, ranks are whole, and an MLP stays as it is"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,7 +122,7 @@ class ScaleOT(BudgetedMethod):
         if count and self.rank_keep is None:
             unused = budget - sizes.held(weakest[:count], 1.0)
             fewer = sizes.held(weakest[: count - 1], 0.0) <= budget
-            count -= unused > TOLERANCE * emulator_bytes(sizes.emulator) and fewer
+            count -= unused > TOLERANCE * budget and fewer
         return count
 
     def _share(self, sizes: _Sizes, budget: int | None, replaced: Sequence[int]) -> float:

@@ -18,7 +18,11 @@ from offsite_fl.errors import ConfigError
 
 @dataclass(frozen=True)
 class OptionHelp:
-    """One option of a method: its key in a spec, what it accepts, and its default as spec text (None: required)."""
+    """One option of a method: its key in a spec, what it accepts, and its default as spec text (None: required).
+
+    What ``none`` stands for follows in the type if it can be told in a few words: the entry ``none`` in the metadata of
+    the option's field.
+    """
 
     key: str
     type: str
@@ -92,7 +96,10 @@ def _options(cls: type[EmulatorMethod]) -> tuple[OptionHelp, ...]:
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         text = None if default is dataclasses.MISSING else _default_text(default)
-        found.append(OptionHelp(kebab(field.name), _type_text(hints[field.name]), text))
+        kind = _type_text(hints[field.name])
+        if "none" in field.metadata:
+            kind += f": {field.metadata['none']}"
+        found.append(OptionHelp(kebab(field.name), kind, text))
     return tuple(found)
 
 

@@ -138,8 +138,9 @@ def test_what_only_some_seeds_protect_is_given_away(low: float, verdict: str) ->
 
 
 def test_more_bytes_than_allowed() -> None:
-    assert stand(cell(bytes=519)).verdict == "protects"
-    assert stand(cell(bytes=521)).verdict == "over budget"
+    """Half of 1,000 is allowed, and 2 % of that half more."""
+    assert stand(cell(bytes=510)).verdict == "protects"
+    assert stand(cell(bytes=511)).verdict == "over budget"
 
 
 def test_an_error_of_one_seed_is_told_and_fails_the_candidate() -> None:

@@ -59,10 +59,13 @@ def test_shared_blocks_count_once() -> None:
     assert emulator_bytes(Emulator([block], {1: 0, 2: 0, 3: 0})) == 20 * 4
 
 
-@pytest.mark.parametrize(("keep", "missed"), [(0.5, False), (0.49, False), (0.515, False), (0.47, True), (0.9, True)])
+@pytest.mark.parametrize(
+    ("keep", "missed"), [(0.5, False), (0.491, False), (0.509, False), (0.489, True), (0.511, True), (0.9, True)]
+)
 def test_within_two_per_cent_or_a_note(
     keep: float, missed: bool, pico_llama: nn.Module, context_of: MakeContext
 ) -> None:
+    """Of what was asked for: half is 1.8 % more than 0.491 and 2.2 % more than 0.489, not of the whole."""
     context = context_of(pico_llama)
     built = HalfOrNothing(keep).compress(start(context), context)
     assert bool(built.notes) == missed

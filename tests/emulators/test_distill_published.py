@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,13 +14,16 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from offsite_fl.emulators import distill
-from offsite_fl.emulators.base import Batch, Context
+from offsite_fl.emulators.base import Batch, Context, Emulator
 from offsite_fl.emulators.distill import Distill
 from offsite_fl.emulators.report import emulated_network
 from offsite_fl.emulators.training import shuffled
+from offsite_fl.errors import EmulatorError
 from offsite_fl.models.walk import call_block, capture_calls
+from tests.conftest import VOCAB
+from tests.pico_classifiers import SIDE, make_classifier
 
-from .conftest import dropped, make_context, same, weights
+from .conftest import dropped, make_context, random_batches, same, weights
 from .trained import text_batches
 
 Pico = Callable[..., nn.Module]
@@ -61,6 +65,67 @@ def test_the_loss_is_the_published_one(
     kd = published_kd(t[kept], s[kept])
     assert run._loss(pico_batch).item() == pytest.approx((w_lm * lm + w_kd * kd).item(), rel=1e-5)
     assert run._measure() == pytest.approx(kd.item(), rel=1e-5)
+
+
+def pixel_batch() -> Batch:
+    images = torch.randn(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    return {"pixel_values": images, "labels": torch.tensor([0, 2, 1])}
+
+
+def text_batch() -> Batch:
+    ids = torch.randint(4, VOCAB, (3, 8), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 2, 1])}
+
+
+@pytest.mark.parametrize(
+    ("given", "language", "images"),
+    [
+        ({}, (1.0, 30.0), (0.0, 1.0)),
+        ({"w_lm": 0.25}, (0.25, 30.0), (0.25, 1.0)),
+        ({"w_kd": 2.0}, (1.0, 2.0), (0.0, 2.0)),
+        ({"w_lm": 1.0, "w_kd": 30.0}, (1.0, 30.0), (1.0, 30.0)),
+        ({"w_lm": 0.0}, (0.0, 30.0), (0.0, 1.0)),
+    ],
+)
+def test_weights_that_are_not_given_are_those_of_the_task(
+    given: dict[str, float], language: tuple[float, float], images: tuple[float, float], pico_llama: nn.Module
+) -> None:
+    """Section 1.5 of the method notes: 1 and 30 for language, 0 and 1 for vision. A text's class is language."""
+    for model, adapter, batch, (w_lm, w_kd) in (
+        (pico_llama, (0, 5), random_batches(1)[0], language),
+        (make_classifier("bert"), (0, 4), text_batch(), language),
+        (make_classifier("vit"), (0, 4), pixel_batch(), images),
+    ):
+        context = make_context(model, adapter)
+        emulator = dropped(context)
+
+        def loss(
+            options: Distill, context: Context = context, emulator: Emulator = emulator, b: Batch = batch
+        ) -> float:
+            run = distill.DistillRun(replace(options, select="distill"), emulator, context, [b], [b])
+            return run._loss(b).item()
+
+        lm, kd = loss(Distill(w_lm=1.0, w_kd=0.0)), loss(Distill(w_lm=0.0, w_kd=1.0))
+        assert lm > 0.1 and kd > 1e-3
+        assert loss(Distill(**given)) == pytest.approx(w_lm * lm + w_kd * kd, rel=1e-5)  # type: ignore[arg-type]
+
+
+def test_images_without_a_loss_are_refused() -> None:
+    """By default they have L_KD alone, so without it nothing is left; a language model still has L_LM."""
+    images = make_context(make_classifier("vit"), (0, 4), calibration=(pixel_batch(), pixel_batch()))
+    with pytest.raises(EmulatorError, match="for images so is w-lm; give w-lm"):
+        Distill(steps=1, w_kd=0.0).compress(dropped(images), images)
+    text = make_context(make_classifier("bert"), (0, 4), calibration=(text_batch(), text_batch()))
+    Distill(steps=1, w_kd=0.0).compress(dropped(text), text)
+
+
+def test_a_checkpoint_belongs_to_the_weights_that_were_used(tmp_path: Path) -> None:
+    """Without weights it is that of a run with the task's own."""
+    for kind, batch, given in (("bert", text_batch(), (1.0, 30.0)), ("vit", pixel_batch(), (0.0, 1.0))):
+        context = make_context(make_classifier(kind), (0, 4), calibration=(batch, batch), workdir=tmp_path / kind)
+        for method in (Distill(steps=1), Distill(1, w_lm=given[0], w_kd=given[1]), Distill(1, w_lm=2.0)):
+            method.compress(dropped(context), context)
+        assert len(list((tmp_path / kind).rglob("state.safetensors"))) == 2
 
 
 def test_unmasked_padding_counts(pico_llama: nn.Module, pico_batch: Batch) -> None:

@@ -29,6 +29,7 @@ from offsite_fl.evaluation.loss import causal_nll, evaluate_loss
 from offsite_fl.models.harmonizer import Harmonizer
 from tests.conftest import make_pico
 
+from .conftest import random_batches
 from .trained import text_batches, train, trained_llama
 
 MakeContext = Callable[..., Context]
@@ -164,6 +165,31 @@ def test_training_lowers_the_loss_of_replaced_networks(context_of: MakeContext) 
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert not any(p.requires_grad for h in found.harmonizers.values() for p in h.parameters())
+
+
+def test_networks_are_compared_on_another_batch_than_the_one_they_learn_from(
+    pico_llama: nn.Module, context_of: MakeContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Section 6 of the method notes. A step trains on one batch and scores three networks on one; two see all four."""
+    batches = random_batches(4)
+    seen: list[tuple[bool, int]] = []
+    loss_of = ReplaceableNetwork.loss
+
+    def loss(self: ReplaceableNetwork, batch: dict[str, Tensor]) -> Tensor:
+        seen.append((torch.is_grad_enabled(), next(i for i, one in enumerate(batches) if one is batch)))
+        return loss_of(self, batch)
+
+    monkeypatch.setattr(ReplaceableNetwork, "loss", loss)
+    context = context_of(pico_llama, calibration=batches)
+    replace_layers(start(context), context, OPTIONS, 32, 0)
+    steps = [seen[first : first + 4] for first in range(0, len(seen), 4)]
+    assert len(steps) == OPTIONS.steps and len(seen) == 4 * OPTIONS.steps
+    for step in steps:
+        assert [trains for trains, _ in step] == [True, False, False, False]
+        (_, learned), *scored = step
+        assert len(set(scored)) == 1 and scored[0][1] != learned
+    for first, second in (steps[:2], steps[2:]):
+        assert {number for _, number in first + second} == {0, 1, 2, 3}
 
 
 def test_a_layer_that_does_nothing_gets_the_lowest_score(context_of: MakeContext) -> None:

@@ -22,14 +22,14 @@ Pico = Callable[..., nn.Module]
 
 @pytest.mark.parametrize("keep", [0.2, 0.5, 0.8])
 def test_a_budget_in_every_family(pico: Pico, family: str, keep: float) -> None:
-    """Never above it; within 2 %, or a note where the next step of every single linear is too large for that."""
+    """Never above it; within 2 % of it, or a note where the next step of every single linear is too large for that."""
     model = pico(family)
     context = make_context(model)
     with untouched(model):
         built = Quantize(keep=keep).compress(start(context), context)
     left = round(keep * emulator_bytes(start(context))) - emulator_bytes(built)
     assert left >= 0
-    assert bool(built.notes) == (keep - share(built, context) > 0.02)
+    assert bool(built.notes) == (keep - share(built, context) > 0.02 * keep)
     for block in built.blocks:
         for path, dense in context.block(block.origin).named_modules():
             if is_linear(dense):
@@ -49,7 +49,7 @@ def test_a_budget_is_met_where_linears_are_many(pico_llama: nn.Module, dtype: to
     """28 linears here; of fp32 4 bits take about a sixth, of bf16 a third."""
     context = make_context(pico_llama.to(dtype))
     built = Quantize(keep=keep).compress(start(context), context)
-    assert built.notes == () and abs(share(built, context) - keep) <= 0.02
+    assert built.notes == () and abs(share(built, context) - keep) <= 0.02 * keep
 
 
 def test_a_budget_in_bytes(pico_llama: nn.Module) -> None:
@@ -132,7 +132,9 @@ def test_factors_and_shared_blocks_under_a_budget(pico_llama: nn.Module) -> None
     context = make_context(pico_llama)
     chain = parse_emulator("layer-drop:keep=2+low-rank:keep=0.6,mode=plain+quantize:keep=0.4")
     made = chain.compress(start(context), context)
-    assert made.notes == () and share(made, context) == pytest.approx(0.5 * 0.6 * 0.4, abs=0.02)
+    # The factors of two blocks are few and their steps coarse: only quantize may fall short, and says so.
+    assert all("a linear has 4 bits, 8, or stays as it is" in note for note in made.notes)
+    assert share(made, context) == pytest.approx(0.5 * 0.6 * 0.4, rel=0.05)
     shared = Emulator([EmulatorBlock(context.block(2), 2), EmulatorBlock(context.block(4), 4)], {1: 0, 2: 0, 4: 1})
     made = Quantize(keep=0.3).compress(shared, context)
     assert made.layout == shared.layout and emulator_bytes(made) <= 0.3 * emulator_bytes(shared)

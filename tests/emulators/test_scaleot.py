@@ -120,7 +120,7 @@ def test_a_small_cut_costs_attention_alone(pico_llama: nn.Module, context_of: Ma
     for keep in (0.95, 0.9, 0.8):
         built = ScaleOT(keep=keep).compress(start(context), context)
         assert replaced(built) == [] and built.notes == ()
-        assert 0 <= keep * whole - emulator_bytes(built) <= TOLERANCE * whole
+        assert 0 <= keep * whole - emulator_bytes(built) <= TOLERANCE * keep * whole
     with pytest.raises(EmulatorError, match="needs calibration text"):
         ScaleOT(keep=0.7, **QUICK).compress(start(context), context)
 
@@ -134,7 +134,7 @@ def test_budgets_are_met_or_a_note_says_why(
     whole = emulator_bytes(start(context))
     built = ScaleOT(keep=keep, **QUICK).compress(start(context), context)
     missed = abs(keep * whole - emulator_bytes(built))
-    assert (missed <= TOLERANCE * whole) == (built.notes == ())
+    assert (missed <= TOLERANCE * keep * whole) == (built.notes == ())
     assert missed <= 0.06 * whole
     count = len(replaced(built))
     if count:
@@ -150,7 +150,7 @@ def test_alpha_alone_lets_the_rank_fill_the_budget(
     whole = emulator_bytes(start(context))
     built = ScaleOT(keep=0.7, alpha=0.25, **QUICK).compress(start(context), context)
     assert replaced(built) == [4] and built.notes == ()
-    assert 0 <= 0.7 * whole - emulator_bytes(built) <= TOLERANCE * whole
+    assert 0 <= 0.7 * whole - emulator_bytes(built) <= TOLERANCE * 0.7 * whole
 
 
 def test_rank_alone_replaces_as_few_as_possible(

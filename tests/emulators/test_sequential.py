@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
@@ -34,9 +34,13 @@ def product(linear: nn.Module) -> Tensor:
 
 
 class Reference:
-    """Section 11 by its letters, for LLaMA: activations stored, modules by name, no hooks, fp64."""
+    """Section 11 by its letters, for LLaMA: activations stored, modules by name, no hooks, fp64.
 
-    def __init__(self, context: Context, model: nn.Module) -> None:
+    ``given`` are the emulator's blocks by position, whose weights needn't be the model's any more.
+    """
+
+    def __init__(self, context: Context, model: nn.Module, given: Mapping[int, nn.Module]) -> None:
+        self.given = {position: copy.deepcopy(module).double() for position, module in given.items()}
         self.model = model.double()
         self.masks = [batch["attention_mask"].bool() for batch in context.calibration]
         self.calls = [capture_calls(self.model, context.blocks, batch) for batch in context.calibration]
@@ -74,7 +78,7 @@ class Reference:
     @torch.no_grad()
     def block(self, position: int, s: list[Tensor], h_next: list[Tensor]) -> tuple[nn.Module, list[Tensor]]:
         full, h = self.blocks[position], self.h
-        cut = copy.deepcopy(full)
+        cut = self.given[position]
         x = self.rows([cut.input_layernorm(t) for t in s])
         full_x = self.rows([full.input_layernorm(t) for t in h])
         for name in ("q_proj", "k_proj", "v_proj"):
@@ -110,18 +114,34 @@ class Reference:
         return done
 
 
+def moved_off(emulator: Emulator) -> Emulator:
+    """With weights of its own, as a distillation leaves them: a tenth of their size away from the model's."""
+    torch.manual_seed(0)
+    blocks = [EmulatorBlock(copy.deepcopy(block.module), block.origin) for block in emulator.blocks]
+    with torch.no_grad():
+        for parameter in (p for block in blocks for p in block.module.parameters()):
+            parameter.add_(torch.randn_like(parameter), alpha=0.1 * float(parameter.square().mean().sqrt()))
+    return Emulator(blocks, dict(emulator.layout))
+
+
 @pytest.mark.parametrize(
-    ("adapter", "keep_blocks"), [((0, 5), None), ((0, 5), 2), ((0, 2, 5), None)], ids=["plain", "dropped", "between"]
+    ("adapter", "keep_blocks", "trained"),
+    [((0, 5), None, False), ((0, 5), 2, False), ((0, 2, 5), None, False), ((0, 5), 2, True)],
+    ids=["plain", "dropped", "between", "trained"],
 )
 def test_the_method_notes_written_out(
-    pico_llama: nn.Module, context_of: MakeContext, adapter: tuple[int, ...], keep_blocks: int | None
+    pico_llama: nn.Module, context_of: MakeContext, adapter: tuple[int, ...], keep_blocks: int | None, trained: bool
 ) -> None:
+    """Behind a distillation too, as in ``distill+low-rank``: what comes in is fitted to what the full model does."""
     context = context_of(pico_llama, adapter)
     emulator = start(context)
     if keep_blocks:
         emulator = LayerDrop(keep=keep_blocks).compress(emulator, context)
+    if trained:
+        emulator = moved_off(emulator)
     built = LowRank(KEEP, ridge=RIDGE).compress(emulator, context)
-    reference = Reference(context, copy.deepcopy(pico_llama)).run(adapter, built.positions)
+    given = {position: emulator.at(position) for position in emulator.positions}
+    reference = Reference(context, copy.deepcopy(pico_llama), given).run(adapter, built.positions)
     for position in built.positions:
         for path, linear in reference[position].named_modules():
             if isinstance(linear, nn.Linear):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
@@ -30,6 +30,7 @@ class Example(EmulatorMethod):
     parts: tuple[str, ...] = ()
     limit: int | None = 5
     fast: bool = False
+    share: float | None = field(default=None, metadata={"none": "whatever fits"})
 
     def compress(self, emulator: Emulator, context: Context) -> Emulator:
         return emulator
@@ -104,6 +105,7 @@ def test_descriptions_for_the_command_line(example: type[Example]) -> None:
         ("parts", "list of str", ""),
         ("limit", "int or none", "5"),
         ("fast", "bool", "false"),
+        ("share", "float or none: whatever fits", ""),
     ]
 
 
