@@ -240,9 +240,9 @@ def test_one_training_serves_every_budget(
 def test_half_precision(pico_llama: nn.Module, context_of: MakeContext) -> None:
     context = context_of(pico_llama.to(torch.bfloat16))
     built = ScaleOT(**QUICK).compress(start(context), context)
-    assert replaced(built) and built.notes == ()
+    assert replaced(built) and all("was asked for 50.0% of the bytes" in note for note in built.notes)
     assert {p.dtype for block in built.blocks for p in block.module.parameters()} == {torch.bfloat16}
-    assert emulator_bytes(built) <= 0.5 * emulator_bytes(start(context))
+    assert 0.45 <= emulator_bytes(built) / emulator_bytes(start(context)) <= 0.5
 
 
 @pytest.mark.parametrize(
