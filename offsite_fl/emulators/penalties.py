@@ -25,13 +25,19 @@ class Penalty:
     """One penalty on one matrix: which, and for differences along which channels.
 
     ``norm`` says whether differences are squared or taken by their absolute value. ``runs`` is the number of equal runs
-    that the output channels consist of (two for a fused gate and up); there is no difference from one to the next.
+    that the output channels consist of (two for a fused gate and up, one for each head of values), ``runs_in`` that of
+    the inputs; there is no difference from one run to the next.
     """
 
     kind: Kind
     dims: tuple[Dim, ...] = ("out",)
     norm: Norm = "l2sq"
     runs: int = 1
+    runs_in: int = 1
+
+    def runs_along(self, dim: Dim) -> int:
+        """The number of runs of the channels along ``dim``."""
+        return self.runs if dim == "out" else self.runs_in
 
     def normalised(self, weight: Tensor) -> Tensor:
         """The penalty of ``weight`` [m, n] with its root mean square as the unit, taken as a constant; a scalar.
@@ -44,7 +50,7 @@ class Penalty:
         if self.kind == "nuc":
             return nuclear_norm(weight) / size
         order = ORDERS[self.kind]
-        parts = [roughness(weight, order, dim, self.norm, self.runs if dim == "out" else 1) for dim in self.dims]
+        parts = [roughness(weight, order, dim, self.norm, self.runs_along(dim)) for dim in self.dims]
         unit = size / math.sqrt(weight.numel())
         return torch.stack(parts).sum() / weight.numel() / unit ** (2 if self.norm == "l2sq" else 1)
 

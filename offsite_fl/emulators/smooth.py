@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -12,24 +12,25 @@ from offsite_fl.config import check, check_choices
 from offsite_fl.emulators.base import Context, Emulator, EmulatorBlock, copy_structure, register
 from offsite_fl.emulators.budget import BudgetedMethod, emulator_bytes
 from offsite_fl.emulators.channels import ChannelChain
+from offsite_fl.emulators.free_order import FreeBySlot, find_free
 from offsite_fl.emulators.groups import dense_linears
 from offsite_fl.emulators.input_moments import input_moments
-from offsite_fl.emulators.parts import find_parts
 from offsite_fl.emulators.penalties import Dim, Norm, Penalty
-from offsite_fl.emulators.penalty_choice import Choice, PenaltyRules, choose_penalties
+from offsite_fl.emulators.penalty_choice import Choice, PenaltyRules, choose_penalties, has_differences, kinds_of
 from offsite_fl.emulators.rank_rules import Place, cut_to, places, ranks_by_energy, ranks_by_size, spectrum
-from offsite_fl.emulators.reorder import reorder_channels
+from offsite_fl.emulators.reorder import Order, find_order, put_in_order, reorder
 from offsite_fl.emulators.smooth_prox import proximal
 from offsite_fl.emulators.smooth_training import SmoothTraining, train_smooth
 from offsite_fl.emulators.streams import sent_home, working_copy
 from offsite_fl.emulators.training import refuse_packed
+from offsite_fl.emulators.value_dims import ValueDims
 from offsite_fl.errors import EmulatorError
 from offsite_fl.models.linears import linear_weight
 
-Chains = Mapping[int, tuple[ChannelChain, ...]]
+Penalties = Mapping[Place, Sequence[Penalty]]
 
 # Factors of the penalties where none is given. In one shot every factor costs accuracy; a training needs a larger one.
-LAM = {"prox": 1e-3, "train": 1e-2}
+LAM = {"prox": 1e-3, "train": 0.1}
 
 
 @register("smooth")
@@ -39,32 +40,38 @@ class Smooth(BudgetedMethod):
 
     Smooth Model Compression, arXiv 2505.24469: under a penalty R a weight W comes near to a matrix of low rank. R is
     the nuclear norm (``nuc``) or ``sum_i ||w_(i+1) - w_i||^2`` (``d1``) or ``sum_i ||w_(i+1) - 2 w_i + w_(i-1)||^2``
-    (``d2``) over W's channels: its rows (``dim=out``), its columns (``in``), or both. ``norm=l1`` takes absolute values
-    for squares. Every R is in units of W's root mean square, so that one factor ``lam`` does for all. ``mlp`` is the
-    penalty of linears that write or read an MLP's inner channels, ``attention`` that of all others. ``mode``:
+    (``d2``) over W's channels: its rows (``dim=out``), its columns (``in``), or both. Several are added up: ``nuc/d1``,
+    ``d1/d2``. ``norm=l1`` takes absolute values for squares. ``mlp`` is for linears that write or read an MLP's inner
+    channels, ``attention`` for all others. ``mode``:
 
-    * ``prox`` (ours; needs no text): ``argmin 1/2 ||W - W0||^2 + lam R(W)``, in closed form. Differences are taken only
-      where the order of channels is free, after ``reorder`` has put an MLP's channels in an order in which neighbours
-      are alike (greedy nearest neighbour), which leaves what the block computes as it is. Other linears of the MLP get
-      the nuclear norm. Attention has no free order here: dims inside its heads (value with output, query with key in
-      rotary pairs) could be reordered too, but aren't.
-      ``weighted`` takes ``W C^1/2`` with C = E[x x'] of the full model's inputs, which needs text. By itself a plain
-      truncation is nearest to W0, so a small ``lam`` is what this mode wants.
+    * ``prox`` (ours; needs no text): ``argmin 1/2 ||W - W0||^2 + lam R(W)``, in closed form, which differences and the
+      nuclear norm together don't have. Differences are taken only where the order of channels is free, after
+      ``reorder`` has put them in an order in which neighbours are alike (greedy nearest neighbour), which leaves what
+      the block computes as it is. That is an MLP's channels, and the dims of attention's values inside each head, with
+      the inputs that read them (:mod:`offsite_fl.emulators.value_dims`; where heads aren't found, as in fused
+      projections, they stay). Other linears get the nuclear norm: queries and keys among them, as each rotary pair of
+      their dims is turned by an angle of its own. ``weighted`` takes ``W C^1/2`` with C = E[x x'] of the full model's
+      inputs, which needs text. By itself a plain truncation is nearest to W0, so a small ``lam`` is what this mode
+      wants. Blocks are reordered, moved and cut one by one.
     * ``train`` (the paper's): ``w_lm * L_LM + w_kd * L_KD + lam(t) * sum R(W)`` over all linears, on calibration text
       as ``distill`` does it; lam(t) rises from 0 over the first 30 % of the steps. Nuclear norms are decomposed every
-      10 steps. Differences are taken along any channels, in the order that they have. Every ``eval_every`` steps L_KD
-      is measured on held out text with the linears cut, and the best is kept; plain truncation is the first candidate.
-      Resumes from ``workdir``.
+      10 steps. Differences are taken along any channels, in the order that they have; what is free is reordered
+      before. Every ``eval_every`` steps L_KD is measured on held out text with the linears cut, and the best is kept;
+      plain truncation is the first candidate. Resumes from ``workdir``.
 
     ``rank=budget`` leaves every linear the same share of its numbers, ``rank=energy`` lets each lose the same share of
     its squared singular values; both meet the same budget. ``mlp=auto`` is nuc in mode train, and in mode prox what a
     block allows: d2 where channels are found whose order is free (of a gated MLP as of two linears around a GELU, in
-    text and vision blocks alike), else nuc. ``lam``, where it isn't given, is 0.001 in mode prox and 0.01 in train.
+    text and vision blocks alike), else nuc.
+
+    ``lam``, where it isn't given, is 0.001 in mode prox and 0.1 in train. This and ``lr`` are ours, not the paper's:
+    every R is in units of W's root mean square here, which the paper's isn't, so that one factor does for all matrices
+    and penalties.
     """
 
     mode: Literal["prox", "train"] = "prox"
     attention: Choice = "nuc"
-    mlp: Literal["auto", "nuc", "d1", "d2", "none"] = "auto"
+    mlp: Literal["auto", Choice] = "auto"
     lam: float | None = None
     dim: Literal["out", "in", "both"] = "out"
     norm: Norm = "l2sq"
@@ -72,12 +79,10 @@ class Smooth(BudgetedMethod):
     rank: Literal["budget", "energy"] = "budget"
     weighted: bool = False
     steps: int = 1000
-    lr: float = 1e-4
+    lr: float = 3e-4
     w_lm: float = 1.0
     w_kd: float = 30.0
     eval_every: int = 100
-
-    grain: ClassVar[str] = "ranks are whole, and what isn't a dense linear stays as it is"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,11 +98,12 @@ class Smooth(BudgetedMethod):
             check(not self.weighted, "smooth weighted=true weighs by the full model's inputs: it goes with mode=prox")
         else:
             check(self.norm == "l2sq", "smooth norm=l1 has no closed form: it goes with mode=train")
-            check(
-                self.attention in ("nuc", "none"),
-                f"smooth attention={self.attention} can't be had in one shot: the channels of attention stand in a "
-                "fixed order, in which neighbours have nothing in common; use attention=nuc, or mode=train",
-            )
+            for key, choice in (("attention", self.rules.attention), ("mlp", self.rules.mlp)):
+                check(
+                    not has_differences(choice) or "nuc" not in kinds_of(choice),
+                    f"smooth {key}={choice} has no closed form: differences and the nuclear norm together go with "
+                    "mode=train",
+                )
 
     @property
     def strength(self) -> float:
@@ -119,60 +125,74 @@ class Smooth(BudgetedMethod):
             return Emulator(blocks, dict(emulator.layout))
         if self.mode == "train":
             _check_trainable(emulator)
-        chains = self._chains(emulator, context)
-        emulator = self._reordered(emulator, context, chains)
+        free = self._free(emulator, context)
         penalties = {
-            (slot, path): penalty
+            (slot, path): added
             for slot, block in enumerate(emulator.blocks)
-            for path, penalty in choose_penalties(block.module, chains.get(slot, ()), self.rules).items()
+            for path, added in choose_penalties(block.module, free.get(slot, ()), self.rules).items()
         }
         shape = self._trained if self.mode == "train" else self._moved
-        built = shape(emulator, context, budget, penalties)
-        return replace(built, notes=self._notes(emulator, chains))
+        built = shape(emulator, context, budget, penalties, free)
+        return replace(built, notes=self._notes(emulator, free))
 
-    def _chains(self, emulator: Emulator, context: Context) -> Chains:
-        """The channel chains of each block; not looked for where nothing depends on them."""
+    def _why_missed(self) -> str:
+        rounding = ", the same share of every linear rounded down" if self.rank == "budget" else ""
+        return f"ranks are whole{rounding} and 1 at least, and what isn't a dense linear stays as it is"
+
+    def _free(self, emulator: Emulator, context: Context) -> FreeBySlot:
+        """What has a free order in each block; not looked for where nothing depends on it."""
         if self.rules.mlp == self.rules.attention and not self.rules.differences:
             return {}
-        found = find_parts(emulator, context)
-        targets = {slot: [part.target for part in block.parts] for slot, block in found.items()}
-        return {slot: tuple(t for t in of if isinstance(t, ChannelChain)) for slot, of in targets.items()}
+        return find_free(emulator, context, values=has_differences(self.rules.attention))
 
-    def _reordered(self, emulator: Emulator, context: Context, chains: Chains) -> Emulator:
-        if not (self.reorder and self.rules.differences):
-            return emulator
-        blocks = []
-        for slot, block in enumerate(context.track(emulator.blocks, "smooth: reorder", total=len(emulator.blocks))):
-            module = working_copy(block.module, context.device)
-            for chain in chains.get(slot, ()):
-                reorder_channels(module, chain, self.rules.dims)
-            blocks.append(EmulatorBlock(sent_home(module, context), block.origin))
-        return Emulator(blocks, dict(emulator.layout))
+    @property
+    def _reorders(self) -> bool:
+        return self.reorder and self.rules.differences
 
-    def _moved(self, emulator: Emulator, context: Context, budget: int, penalties: Mapping[Place, Penalty]) -> Emulator:
-        """Every matrix that is to be cut moved by its penalty's proximal operator, and cut."""
+    def _moved(
+        self, emulator: Emulator, context: Context, budget: int, penalties: Penalties, free: FreeBySlot
+    ) -> Emulator:
+        """Every matrix that is to be cut moved by its penalty's proximal operator, and cut, one block at a time."""
+        orders: dict[int, tuple[Order, ...]] = {}
+
+        def opened(slot: int, moments: Mapping[str, Tensor]) -> tuple[nn.Module, Mapping[str, Tensor]]:
+            """A copy of a block in its new order, and its inputs' moments in the same."""
+            block = working_copy(emulator.blocks[slot].module, context.device)
+            if slot not in orders:
+                parts = free.get(slot, ()) if self._reorders else ()
+                orders[slot] = tuple(find_order(block, part, self.rules.dims) for part in parts)
+            for order in orders[slot]:
+                put_in_order(block, order)
+                moments = reordered_moments(moments, order)
+            return block, moments
 
         def moved(linear: nn.Module, place: Place, moments: Tensor | None) -> Tensor:
-            return proximal(linear_weight(linear).detach(), penalties.get(place), self.strength, moments)
+            return proximal(linear_weight(linear).detach(), penalties.get(place, ()), self.strength, moments)
 
-        if self.rank == "energy":
-            spectra = {}
-            for slot, moments in self._visits(emulator, context, "smooth: spectra"):
-                block = working_copy(emulator.blocks[slot].module, context.device)
-                for path, linear in dense_linears(block):
-                    weight = moved(linear, (slot, path), moments.get(path))
-                    spectra[slot, path] = spectrum(weight, moments.get(path))
-            ranks = ranks_by_energy(emulator, budget, spectra)
-        else:
-            ranks = ranks_by_size(emulator, budget)
-        modules = {}
-        for slot, moments in self._visits(emulator, context, "smooth prox"):
-            block = working_copy(emulator.blocks[slot].module, context.device)
+        # Functions of their own, so that nothing of one block is left in memory when the next is opened.
+        def spectra_of(slot: int, seen: Mapping[str, Tensor]) -> dict[Place, Tensor]:
+            block, moments = opened(slot, seen)
+            return {
+                (slot, path): spectrum(moved(linear, (slot, path), moments.get(path)), moments.get(path))
+                for path, linear in dense_linears(block)
+            }
+
+        def cut(slot: int, seen: Mapping[str, Tensor], ranks: Mapping[Place, int]) -> nn.Module:
+            block, moments = opened(slot, seen)
             for path, linear in list(dense_linears(block)):
                 if (slot, path) in ranks:
                     weight = moved(linear, (slot, path), moments.get(path))
                     cut_to(block, path, weight, ranks[slot, path], moments.get(path))
-            modules[slot] = sent_home(block, context)
+            return sent_home(block, context)
+
+        if self.rank == "energy":
+            spectra: dict[Place, Tensor] = {}
+            for slot, seen in self._visits(emulator, context, "smooth: spectra"):
+                spectra |= spectra_of(slot, seen)
+            ranks = ranks_by_energy(emulator, budget, spectra)
+        else:
+            ranks = ranks_by_size(emulator, budget)
+        modules = {slot: cut(slot, seen, ranks) for slot, seen in self._visits(emulator, context, "smooth prox")}
         blocks = [EmulatorBlock(modules[slot], block.origin) for slot, block in enumerate(emulator.blocks)]
         return Emulator(blocks, dict(emulator.layout))
 
@@ -185,9 +205,9 @@ class Smooth(BudgetedMethod):
                 yield slot, {}
 
     def _trained(
-        self, emulator: Emulator, context: Context, budget: int, penalties: Mapping[Place, Penalty]
+        self, emulator: Emulator, context: Context, budget: int, penalties: Penalties, free: FreeBySlot
     ) -> Emulator:
-        """Trained under the penalties, and cut."""
+        """Put in a smoother order, trained under the penalties, and cut."""
 
         def ranks(weights: Mapping[Place, Tensor]) -> dict[Place, int]:
             if self.rank == "budget":
@@ -204,20 +224,48 @@ class Smooth(BudgetedMethod):
             lam=self.strength,
             spec=str(self),
         )
-        trained = train_smooth(emulator, context, options, penalties, ranks)
+        trained = train_smooth(self._reordered(emulator, context, free), context, options, penalties, ranks)
         weights = {place: linear_weight(linear).detach() for place, linear in places(trained).items()}
         for (slot, path), rank in ranks(weights).items():
             cut_to(trained.blocks[slot].module, path, weights[slot, path].double(), rank)
         return trained
 
-    def _notes(self, emulator: Emulator, chains: Chains) -> tuple[str, ...]:
-        bare = sum(any(dense_linears(b.module)) and not chains.get(slot) for slot, b in enumerate(emulator.blocks))
-        if not self.rules.differences or not bare:
-            return ()
-        return (
-            f"smooth found no MLP channels whose order is free in {bare} of {len(emulator.blocks)} blocks, so all "
-            f"their linears were treated as attention ({self.attention})",
-        )
+    def _reordered(self, emulator: Emulator, context: Context, free: FreeBySlot) -> Emulator:
+        if not self._reorders:
+            return emulator
+        blocks = []
+        for slot, block in enumerate(context.track(emulator.blocks, "smooth: reorder", total=len(emulator.blocks))):
+            module = working_copy(block.module, context.device)
+            for part in free.get(slot, ()):
+                reorder(module, part, self.rules.dims)
+            blocks.append(EmulatorBlock(sent_home(module, context), block.origin))
+        return Emulator(blocks, dict(emulator.layout))
+
+    def _notes(self, emulator: Emulator, free: FreeBySlot) -> tuple[str, ...]:
+        linears = [slot for slot, block in enumerate(emulator.blocks) if any(dense_linears(block.module))]
+        parts = {slot: free.get(slot, ()) for slot in linears}
+        channels = sum(not any(isinstance(part, ChannelChain) for part in parts[slot]) for slot in linears)
+        values = sum(not any(isinstance(part, ValueDims) for part in parts[slot]) for slot in linears)
+        count, notes = len(emulator.blocks), []
+        if has_differences(self.rules.mlp) and channels:
+            notes.append(
+                f"smooth found no MLP channels whose order is free in {channels} of {count} blocks, so all their "
+                f"linears were treated as attention ({self.attention})"
+            )
+        if has_differences(self.rules.attention) and values and self.mode == "prox":
+            notes.append(
+                f"smooth found no values whose order is free inside attention heads in {values} of {count} blocks, so "
+                "all linears of attention there were treated with the nuclear norm"
+            )
+        return tuple(notes)
+
+
+def reordered_moments(moments: Mapping[str, Tensor], order: Order) -> Mapping[str, Tensor]:
+    """``moments`` [in, in] by path with the inputs of linears in the ``order`` that a block was put in."""
+    return {
+        path: moment[order.columns[path]][:, order.columns[path]] if path in order.columns else moment
+        for path, moment in moments.items()
+    }
 
 
 def _check_trainable(emulator: Emulator) -> None:

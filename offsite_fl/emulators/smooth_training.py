@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -46,7 +46,11 @@ class SmoothTraining(Distill):
 
 
 def train_smooth(
-    emulator: Emulator, context: Context, options: SmoothTraining, penalties: Mapping[Place, Penalty], ranks: Ranks
+    emulator: Emulator,
+    context: Context,
+    options: SmoothTraining,
+    penalties: Mapping[Place, Sequence[Penalty]],
+    ranks: Ranks,
 ) -> Emulator:
     """Train copies of ``emulator``'s blocks under ``penalties`` and return the best, still dense.
 
@@ -60,7 +64,7 @@ def train_smooth(
 class SmoothRun(DistillRun):
     """One training; ``options`` are a :class:`SmoothTraining`. The penalty adds to the loss, the cut to the measure."""
 
-    penalties: Mapping[Place, Penalty]
+    penalties: Mapping[Place, Sequence[Penalty]]
     ranks: Ranks
     _directions: dict[Place, Tensor] = field(init=False, default_factory=dict)
 
@@ -74,12 +78,12 @@ class SmoothRun(DistillRun):
         return found
 
     def penalty(self) -> Tensor:
-        """``sum R(W)`` over all penalised matrices, each normalised; a scalar with gradient."""
+        """``sum R(W)`` over all penalties of all matrices, each normalised; a scalar with gradient."""
         weights = self.weights()
         # Anew behind each checkpoint, so that a run that goes on there doesn't depend on weights that are gone.
         anew = self.step % REFRESH == 0 or self.step % self.options.eval_every == 0
         total = torch.zeros((), device=self.student.device)
-        for place, penalty in self.penalties.items():
+        for place, penalty in ((place, p) for place, added in self.penalties.items() for p in added):
             weight = weights[place]
             if penalty.kind != "nuc":
                 total = total + penalty.normalised(weight)

@@ -49,6 +49,14 @@ def test_runs_count_in_the_normalised_penalty_and_only_along_outputs() -> None:
     assert Penalty("d1", ("in",), runs=2).normalised(weight.T).item() == pytest.approx(4 / 4)
 
 
+def test_runs_of_inputs_count_along_inputs_alone() -> None:
+    """The same numbers as columns: with two runs of inputs there is no step, and none of outputs in one row."""
+    weight = torch.tensor([[1.0, 1.0, -1.0, -1.0]])
+    assert Penalty("d1", ("in",), runs_in=2).normalised(weight).item() == 0
+    assert Penalty("d1", ("in",)).normalised(weight).item() == pytest.approx(4 / 4)
+    assert Penalty("d1", runs_in=2).normalised(weight.T).item() == pytest.approx(4 / 4)
+
+
 @pytest.mark.parametrize("order", [1, 2])
 def test_the_squares_are_those_of_the_difference_matrix(order: int) -> None:
     weight = random_matrix()

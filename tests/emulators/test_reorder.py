@@ -11,14 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from offsite_fl.emulators.base import Context, copy_structure
+from offsite_fl.emulators.base import Context, copy_structure, start
 from offsite_fl.emulators.channels import ChannelChain, find_chains
+from offsite_fl.emulators.free_order import find_free
 from offsite_fl.emulators.groups import plan_block
 from offsite_fl.emulators.penalties import Dim
-from offsite_fl.emulators.reorder import reorder_channels, smooth_order
+from offsite_fl.emulators.reorder import reorder, smooth_order
 from offsite_fl.emulators.streams import read_batches
+from offsite_fl.emulators.value_dims import ValueDims
+from offsite_fl.emulators.watching import Watcher
 from offsite_fl.models.linears import linear_weight
 from offsite_fl.models.walk import call_block
+from tests.conftest import make_pico
+from tests.pico_classifiers import make_classifier
 
 MakeContext = Callable[..., Context]
 
@@ -74,7 +79,7 @@ def test_the_block_computes_what_it_did(
     before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
     copied = copy_structure(block)
     with torch.no_grad():
-        reorder_channels(copied, chains[0], dims)
+        reorder(copied, chains[0], dims)
         assert_close(call_block(copied, hidden, call), call_block(block, hidden, call), rtol=1e-4, atol=1e-5)  # type: ignore[arg-type]
     assert all(torch.equal(tensor, before[name]) for name, tensor in block.state_dict().items())
     old, new = (linear_weight(b.get_submodule(chains[0].writer)) for b in (block, copied))
@@ -85,7 +90,7 @@ def test_the_block_computes_what_it_did(
 def test_it_is_smoother_along_what_was_asked_for(dim: Dim, pico_llama: nn.Module, context_of: MakeContext) -> None:
     block, (chain,), _, _ = watched(context_of(pico_llama), 2)
     copied = copy_structure(block)
-    reorder_channels(copied, chain, (dim,))
+    reorder(copied, chain, (dim,))
 
     def rough(module: nn.Module) -> float:
         if dim == "in":
@@ -111,7 +116,7 @@ def test_the_differences_of_a_real_block_never_grow(
 
     def lengths(module: nn.Module) -> tuple[float, float]:
         before = rows_of(module)
-        reorder_channels(module, chain, dims)
+        reorder(module, chain, dims)
         after = rows_of(module)
         assert_close(after.sort(0).values, before.sort(0).values)  # the channels are the same ones
         return length(before, range(len(before))), length(after, range(len(after)))
@@ -137,3 +142,79 @@ def copied_with_a_given_order(block: nn.Module, chain: ChannelChain) -> nn.Modul
         weight.zero_()
         weight[:2] = line.T
     return copied
+
+
+# Values inside heads
+
+
+def model_of(kind: str) -> nn.Module:
+    """Models whose values are found: with groups and without, with biases and without, of text and of images."""
+    if kind == "vit":
+        return make_classifier("vit")
+    family, _, changes = kind.partition(" ")
+    return make_pico(family, **{"ungrouped": {"num_key_value_heads": 4}, "": {}}[changes])
+
+
+KINDS = ("llama", "llama ungrouped", "qwen2", "qwen2 ungrouped", "phi", "vit")
+
+
+def values_in(kind: str, context_of: MakeContext) -> tuple[Context, nn.Module, ValueDims]:
+    model = model_of(kind)
+    context = context_of(model, (0, 4) if kind == "vit" else (0, 5), calibration=())
+    (values,) = (part for part in find_free(start(context), context)[1] if isinstance(part, ValueDims))
+    return context, context.block(2), values
+
+
+@pytest.mark.parametrize("dims", [("out",), ("in",), ("out", "in")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_with_other_orders_inside_its_heads_computes_what_it_did(
+    kind: str, dims: tuple[Dim, ...], context_of: MakeContext
+) -> None:
+    context, block, values = values_in(kind, context_of)
+    before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    watcher, copied = Watcher(context), copy_structure(block)
+    reorder(copied, values, dims)
+    with torch.no_grad():
+        old, new = (call_block(b, watcher.noise, watcher.call(2)) for b in (block, copied))
+    assert_close(new, old, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in block.state_dict().items())
+    bias = f"{values.value}.bias"
+    assert (bias in before) == (kind.split()[0] != "llama")
+    changed = {name for name, tensor in copied.state_dict().items() if not torch.equal(tensor, before[name])}
+    expected = {f"{values.value}.weight", f"{values.writer}.weight"} | ({bias} & before.keys())
+    assert changed == expected
+
+
+@pytest.mark.parametrize("dims", [("out",), ("in",), ("out", "in")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_differences_inside_heads_never_grow(kind: str, dims: tuple[Dim, ...], context_of: MakeContext) -> None:
+    """R_1 of each head along ``dims``: over the rows of its values, and over the columns of all that read them."""
+    _, block, values = values_in(kind, context_of)
+
+    def lengths(module: nn.Module) -> list[float]:
+        wrote = linear_weight(module.get_submodule(values.value)).detach().double()
+        read = linear_weight(module.get_submodule(values.writer)).detach().double()
+        size, found = values.size, []
+        for head in range(values.heads):
+            total = length(wrote[head * size : (head + 1) * size], range(size)) if "out" in dims else 0.0
+            for copy_of in range(values.copies if "in" in dims else 0):
+                first = (head * values.copies + copy_of) * size
+                total += length(read[:, first : first + size].T, range(size))
+            found.append(total)
+        return found
+
+    copied = copy_structure(block)
+    reorder(copied, values, dims)
+    before, after = lengths(block), lengths(copied)
+    assert all(b <= a for a, b in zip(before, after, strict=True)) and sum(after) < 0.97 * sum(before)
+    again = copy_structure(copied)
+    reorder(again, values, dims)
+    assert all(b <= a * (1 + 1e-6) for a, b in zip(after, lengths(again), strict=True))
+
+
+def test_values_in_one_fused_linear_stay(context_of: MakeContext) -> None:
+    """GPT-2's heads aren't found, so only the channels of its MLP are free."""
+    context = context_of(make_pico("gpt2"), calibration=())
+    assert [[type(part) for part in parts] for parts in find_free(start(context), context).values()] == [
+        [ChannelChain]
+    ] * 4

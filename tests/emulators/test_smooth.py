@@ -19,9 +19,9 @@ from offsite_fl.emulators.budget import TOLERANCE, emulator_bytes
 from offsite_fl.emulators.channels import find_chains
 from offsite_fl.emulators.groups import dense_linears, plan_block
 from offsite_fl.emulators.low_rank import LowRank
-from offsite_fl.emulators.penalty_choice import choose_penalties
+from offsite_fl.emulators.penalty_choice import choose_penalties, has_differences, kinds_of
 from offsite_fl.emulators.rank_rules import cut_to
-from offsite_fl.emulators.reorder import reorder_channels
+from offsite_fl.emulators.reorder import reorder
 from offsite_fl.emulators.smooth import Smooth
 from offsite_fl.emulators.smooth_prox import proximal
 from offsite_fl.emulators.spec import parse_emulator
@@ -52,7 +52,7 @@ def test_every_family(spec: str, family: str, pico: Callable[..., nn.Module], co
     whole = emulator_bytes(start(context))
     if built.notes:
         assert len(built.notes) == 1 and "smooth was asked for 50.0% of the bytes" in built.notes[0]
-        assert abs(emulator_bytes(built) - whole / 2) > TOLERANCE * whole
+        assert abs(emulator_bytes(built) - whole / 2) > TOLERANCE * whole / 2
     assert 0 <= whole / 2 - emulator_bytes(built) < 0.05 * whole
     for block in built.blocks:
         for path, linear in dense_linears(context.block(block.origin)):
@@ -66,7 +66,7 @@ def test_every_family(spec: str, family: str, pico: Callable[..., nn.Module], co
 def test_budgets_in_bytes(pico_llama: nn.Module, context_of: MakeContext) -> None:
     context = context_of(pico_llama)
     built = Smooth(bytes="70000", rank="energy").compress(start(context), context)
-    assert built.notes == () and 0 <= 70_000 - emulator_bytes(built) < TOLERANCE * emulator_bytes(start(context))
+    assert built.notes == () and 0 <= 70_000 - emulator_bytes(built) < TOLERANCE * 70_000
     tiny = Smooth(bytes="1KB").compress(start(context), context)
     assert "ranks are whole" in tiny.notes[0]
 
@@ -95,7 +95,7 @@ def test_budgets_in_both_modes(keep: float, mode: str, pico_llama: nn.Module, co
     """Within 2 % by energy. One share for all has a coarser grain: it takes what fits, and says where it misses."""
     context = context_of(pico_llama)
     method, given = Smooth(keep, mode, steps=2, eval_every=2), start(context)  # type: ignore[arg-type]
-    budget, tolerance = keep * held(given), 0.02 * held(given)
+    budget, tolerance = keep * held(given), 0.02 * keep * held(given)
     by_energy = replace(method, rank="energy").compress(given, context)
     assert 0 <= budget - held(by_energy) < tolerance and by_energy.notes == ()
     by_share = method.compress(given, context)
@@ -112,8 +112,9 @@ def test_budgets_in_both_modes(keep: float, mode: str, pico_llama: nn.Module, co
         ({"keep": 0.0}, "keep"),
         ({"lam": -1.0}, "lam = -1.0 can't be negative"),
         ({"mode": "fast"}, "mode"),
-        ({"attention": "d1"}, "attention=d1 can't be had in one shot.*fixed order"),
-        ({"attention": "d2"}, "use attention=nuc, or mode=train"),
+        ({"attention": "nuc/d1"}, "attention=nuc/d1 has no closed form.*mode=train"),
+        ({"mlp": "nuc/d1/d2"}, "mlp=nuc/d1/d2 has no closed form"),
+        ({"mlp": "d2/nuc"}, "mlp = 'd2/nuc' isn't possible; did you mean.*'nuc/d2'"),
         ({"norm": "l1"}, "norm=l1 has no closed form"),
         ({"mode": "train", "weighted": True}, "weighted=true"),
         ({"mode": "train", "steps": 0}, "steps"),
@@ -133,7 +134,7 @@ def test_defaults_by_mode() -> None:
     prox, train = Smooth(), Smooth(mode="train")
     assert (prox.rules.attention, prox.rules.mlp, prox.rules.anywhere) == ("nuc", "d2", False)
     assert (train.rules.mlp, train.rules.anywhere) == ("nuc", True)
-    assert all(method.strength in (1e-4, 1e-3, 1e-2) for method in (prox, train))
+    assert prox.strength in (1e-4, 1e-3, 1e-2) and prox.strength < train.strength
     assert Smooth(lam=0.0).strength == 0
 
 
@@ -189,6 +190,27 @@ def test_blocks_without_free_channels_are_named(pico_llama: nn.Module, context_o
     assert all("free" not in note for note in Smooth(0.5, mlp="nuc").compress(first, context).notes)
 
 
+def test_blocks_without_free_values_are_named(pico: Callable[..., nn.Module], context_of: MakeContext) -> None:
+    """GPT-2's heads aren't found; a LLaMA's are. Without reordering attention's values nobody looks for them."""
+    for family, count in (("gpt2", 1), ("llama", 0)):
+        context = context_of(pico(family), calibration=())
+        built = Smooth(0.5, attention="d1", rank="energy").compress(start(context), context)
+        assert sum("no values whose order is free" in note for note in built.notes) == count
+    context = context_of(pico("gpt2"), calibration=())
+    assert Smooth(0.5, rank="energy").compress(start(context), context).notes == ()
+
+
+@pytest.mark.parametrize(
+    "spec", ["smooth:attention=nuc/d1,mlp=nuc/d2,mode=train", "smooth:attention=d1/d2,mlp=d1/d2,dim=both"]
+)
+def test_several_penalties_in_a_spec(spec: str, pico_llama: nn.Module, context_of: MakeContext) -> None:
+    method = parse_emulator(f"{spec},steps=2,eval-every=2")
+    assert isinstance(method, Smooth) and parse_emulator(str(method)) == method
+    assert has_differences(method.attention) and len(kinds_of(method.rules.mlp)) == 2
+    context = context_of(pico_llama)
+    assert bool(torch.isfinite(logits(method.compress(start(context), context), context)).all())
+
+
 def test_progress_is_shown_when_asked_for(
     pico_llama: nn.Module, context_of: MakeContext, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,7 +222,7 @@ def test_progress_is_shown_when_asked_for(
     Smooth(weighted=True, mlp="nuc").compress(start(context), context)
     Smooth(mode="train", steps=2, eval_every=2).compress(start(context), context)
     out = capsys.readouterr().out
-    assert all(part in out for part in ("smooth: reorder", "smooth: spectra", "smooth prox", "2/2"))
+    assert all(part in out for part in ("smooth: spectra", "smooth prox", "2/2"))
 
 
 # A vision model
@@ -232,10 +254,10 @@ def test_the_blocks_of_a_vision_model(lam: float) -> None:
     assert chain.width == 64
     with torch.no_grad():
         before = block(hidden)
-        reorder_channels(block, chain, ("out",))
+        reorder(block, chain, ("out",))
         assert_close(block(hidden), before, rtol=1e-4, atol=1e-5)
         penalties = choose_penalties(block, (chain,), Smooth(lam=lam).rules)
-        assert penalties[chain.readers[0]].kind == "d2" and len(penalties) == 6
+        assert [p.kind for p in penalties[chain.readers[0]]] == ["d2"] and len(penalties) == 6
         for path, linear in list(dense_linears(block)):
             full = min(linear_weight(linear).shape)
             cut_to(block, path, proximal(linear_weight(linear).detach(), penalties[path], lam), full)
@@ -250,7 +272,7 @@ def test_a_vision_model_in_one_shot() -> None:
     context = Context(model, blocks, (0, 3), (1, 2))
     built = Smooth(0.7, mlp="nuc", rank="energy", lam=0.0).compress(start(context), context)
     given = emulator_bytes(start(context))
-    assert built.notes == () and abs(emulator_bytes(built) - 0.7 * given) <= TOLERANCE * given
+    assert built.notes == () and abs(emulator_bytes(built) - 0.7 * given) <= TOLERANCE * 0.7 * given
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         full = model(pixel_values=images).logits

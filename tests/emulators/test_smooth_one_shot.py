@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from offsite_fl.emulators.base import Context, start
+from offsite_fl.emulators import smooth
+from offsite_fl.emulators.base import Context, Emulator, EmulatorBlock, copy_structure, start
 from offsite_fl.emulators.budget import emulator_bytes
+from offsite_fl.emulators.channels import ChannelChain
+from offsite_fl.emulators.free_order import find_free
 from offsite_fl.emulators.groups import dense_linears
 from offsite_fl.emulators.low_rank import LowRank
-from offsite_fl.emulators.reorder import smooth_order
+from offsite_fl.emulators.reorder import Order, reorder, smooth_order
 from offsite_fl.emulators.smooth import Smooth
 from offsite_fl.errors import EmulatorError
 from offsite_fl.models.linears import LowRankLinear, linear_bias, linear_weight
@@ -42,8 +49,8 @@ def test_a_factor_of_zero_is_the_plain_truncation(
 ) -> None:
     context = context_of(pico(family))
     plain = LowRank(0.5, "plain").compress(start(context), context)
-    for reorder in (False, True):
-        built = Smooth(0.5, lam=0.0, reorder=reorder).compress(start(context), context)
+    for options in ({"reorder": False}, {}, {"attention": "d2", "dim": "both"}):
+        built = Smooth(0.5, lam=0.0, **options).compress(start(context), context)  # type: ignore[arg-type]
         assert_close(logits(built, context), logits(plain, context), rtol=1e-3, atol=1e-4)
     as_it_stands = Smooth(0.5, lam=0.0, reorder=False).compress(start(context), context)
     for ours, theirs in zip(as_it_stands.blocks, plain.blocks, strict=True):
@@ -68,6 +75,99 @@ def test_nuclear_norm_and_differences_by_hand(pico_llama: nn.Module, context_of:
             moved = (u * (s - lam * weight.norm()).clamp(min=0)) @ vt
         assert isinstance(new, LowRankLinear)
         assert_close(product(new), truncated(moved, new.rank), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("choice", "orders"), [("d1", (1,)), ("d1/d2", (1, 2))])
+@pytest.mark.parametrize("dim", ["out", "in"])
+def test_values_inside_heads_by_hand(
+    dim: str, choice: str, orders: tuple[int, ...], pico: Callable[..., nn.Module], context_of: MakeContext
+) -> None:
+    """Two heads of 8 values, read twice each: ``out`` smooths rows head by head, ``in`` columns of what reads them."""
+    context = context_of(pico("qwen2"), calibration=())
+    lam, block = 0.1, context.block(3)
+    method = Smooth(0.5, lam=lam, attention=choice, mlp="none", dim=dim)  # type: ignore[arg-type]
+    built = method.compress(start(context), context).at(3)
+    own = {path: linear_weight(linear).detach().double() for path, linear in dense_linears(block)}
+    value, writer = own["self_attn.v_proj"], own["self_attn.o_proj"]
+    differences = sum(difference_matrix(8, order).T @ difference_matrix(8, order) for order in orders)
+    smoothing = torch.linalg.inv(torch.eye(8) + 2 * lam * differences)
+    rows, columns = [], []
+    for head in range(2):
+        copies = [8 * (2 * head + copy) for copy in range(2)]
+        alike = value[8 * head :][:8] if dim == "out" else torch.cat([writer[:, c : c + 8].T for c in copies], dim=1)
+        order = smooth_order(alike)
+        rows.append(8 * head + order)
+        columns += [c + order for c in copies]
+    place = torch.cat(rows)
+    expected = {"self_attn.v_proj": value[place], "self_attn.o_proj": writer[:, torch.cat(columns)]}
+    if dim == "out":
+        expected["self_attn.v_proj"] = torch.cat([smoothing @ value[r] for r in rows])
+    else:
+        expected["self_attn.o_proj"] = torch.cat([writer[:, c] @ smoothing for c in columns], dim=1)
+    others = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj" if dim == "out" else "self_attn.v_proj"}
+    for path in ("self_attn.q_proj", "self_attn.k_proj", *expected):
+        weight = expected.get(path, own[path])
+        if path in others:
+            u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+            weight = (u * (s - lam * weight.norm()).clamp(min=0)) @ vt
+        new = built.get_submodule(path)
+        assert isinstance(new, LowRankLinear)
+        assert_close(product(new), truncated(weight, new.rank), rtol=1e-4, atol=1e-5)
+    bias = linear_bias(block.get_submodule("self_attn.v_proj"))
+    assert bias is not None
+    assert_close(linear_bias(built.get_submodule("self_attn.v_proj")), bias[place])
+
+
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"rank": "energy"},
+    {"dim": "both", "attention": "d1", "rank": "energy", "weighted": True},
+    {"dim": "in", "mlp": "d1/d2", "weighted": True},
+)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_block_by_block_is_as_good_as_all_blocks_in_order_first(
+    options: dict[str, Any], pico_llama: nn.Module, context_of: MakeContext
+) -> None:
+    context = context_of(pico_llama)
+    method = Smooth(0.5, lam=0.05, **options)
+    ordered = []
+    for slot, parts in find_free(start(context), context).items():
+        block = copy_structure(context.block(context.middle[slot]))
+        for part in parts:
+            if isinstance(part, ChannelChain) or method.attention != "nuc":
+                reorder(block, part, method.rules.dims)
+        ordered.append(EmulatorBlock(block, context.middle[slot]))
+    by_hand = replace(method, reorder=False).compress(Emulator(ordered, start(context).layout), context)
+    built = method.compress(start(context), context)
+    for ours, theirs in zip(built.blocks, by_hand.blocks, strict=True):
+        mine, other = (dict(b.module.named_modules()) for b in (ours, theirs))
+        assert mine.keys() == other.keys()
+        for path, module in mine.items():
+            if isinstance(module, LowRankLinear):
+                assert_close(product(module), product(other[path]), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", ["budget", "energy"])
+def test_no_two_blocks_are_in_memory_in_a_new_order(
+    rank: str, pico_llama: nn.Module, context_of: MakeContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a block's linears are in their new order is gone before the next block is opened."""
+    made: list[weakref.ref[nn.Module]] = []
+    put, opened = smooth.put_in_order, []
+
+    def noted(block: nn.Module, order: Order) -> None:
+        gc.collect()
+        opened.append(sum(linear() is not None for linear in made))
+        put(block, order)
+        made.extend(weakref.ref(block.get_submodule(path)) for path in (*order.rows, *order.columns))
+
+    monkeypatch.setattr(smooth, "put_in_order", noted)
+    context = context_of(pico_llama, calibration=())
+    Smooth(0.5, rank=rank).compress(start(context), context)  # type: ignore[arg-type]
+    # One chain of three linears a block; with ranks by energy each block is opened twice.
+    assert len(made) == 3 * 4 * (2 if rank == "energy" else 1) and set(opened) == {0}
 
 
 def test_by_default_a_vision_block_is_smoothed_along_its_mlps_channels(context_of: MakeContext) -> None:

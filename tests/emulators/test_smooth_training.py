@@ -31,7 +31,7 @@ MakeContext = Callable[..., Context]
 QUICK: dict[str, Any] = {"mode": "train", "attention": "nuc", "mlp": "nuc", "lr": 3e-3}
 
 
-def run_of(context: Context, penalties: dict[str, Penalty], **options: Any) -> SmoothRun:
+def run_of(context: Context, penalties: dict[str, tuple[Penalty, ...]], **options: Any) -> SmoothRun:
     """A run with ``penalties`` by path in every block."""
     emulator = start(context)
     settings = SmoothTraining(**({"steps": 20, "lam": 0.5, "select": "distill"} | options))
@@ -49,25 +49,29 @@ def slow_penalty(weight: Tensor, kind: str) -> float:
     return float((difference_matrix(len(w), {"d1": 1, "d2": 2}[kind]) @ w).square().sum() / w.square().sum())
 
 
-@pytest.mark.parametrize("kind", ["nuc", "d1", "d2"])
+@pytest.mark.parametrize("kinds", [("nuc",), ("d1",), ("d2",), ("nuc", "d1"), ("nuc", "d1", "d2")])
 @pytest.mark.parametrize(("family", "paths"), [("gpt2", ("attn.c_attn", "mlp.c_fc")), ("opt", ("fc2",))])
 def test_the_loss_is_distillation_plus_the_penalty(
-    kind: Kind, family: str, paths: tuple[str, ...], pico: Callable[..., nn.Module], context_of: MakeContext
+    kinds: tuple[Kind, ...],
+    family: str,
+    paths: tuple[str, ...],
+    pico: Callable[..., nn.Module],
+    context_of: MakeContext,
 ) -> None:
-    """GPT-2 keeps its weights [in, out]: rows are outputs all the same."""
+    """Several are added up. GPT-2 keeps its weights [in, out]: rows are outputs all the same."""
     context = context_of(pico(family))
-    run = run_of(context, dict.fromkeys(paths, Penalty(kind)), w_lm=0.5, w_kd=2.0)
+    run = run_of(context, dict.fromkeys(paths, tuple(map(Penalty, kinds))), w_lm=0.5, w_kd=2.0)
     plain = DistillRun(Distill(w_lm=0.5, w_kd=2.0), run.emulator, context, run.train, run.validation)
     batch = context.calibration[0]
     blocks = [context.block(i) for i in (1, 2, 3, 4)]
-    total = sum(slow_penalty(linear_weight(b.get_submodule(p)), kind) for b in blocks for p in paths)
+    total = sum(slow_penalty(linear_weight(b.get_submodule(p)), kind) for b in blocks for p in paths for kind in kinds)
     for step, lam in ((0, 0.0), (3, 0.25), (6, 0.5), (19, 0.5)):
         run.step = step
         assert run._loss(batch).item() == pytest.approx(plain._loss(batch).item() + lam * total, rel=1e-5)
 
 
 def test_the_gradient_reaches_the_penalised_weights_alone(pico_llama: nn.Module, context_of: MakeContext) -> None:
-    run = run_of(context_of(pico_llama), {"self_attn.v_proj": Penalty("nuc"), "mlp.up_proj": Penalty("d1")})
+    run = run_of(context_of(pico_llama), {"self_attn.v_proj": (Penalty("nuc"),), "mlp.up_proj": (Penalty("d1"),)})
     run.step = 10
     run.penalty().backward()  # type: ignore[no-untyped-call]
     with_gradient = {name for name, p in run.student.parameters.items() if p.grad is not None}
@@ -81,7 +85,7 @@ def test_the_gradient_reaches_the_penalised_weights_alone(pico_llama: nn.Module,
 def test_matrices_are_decomposed_every_ten_steps_and_behind_a_checkpoint(
     pico_llama: nn.Module, context_of: MakeContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = run_of(context_of(pico_llama), {"self_attn.v_proj": Penalty("nuc")}, steps=26, eval_every=13)
+    run = run_of(context_of(pico_llama), {"self_attn.v_proj": (Penalty("nuc"),)}, steps=26, eval_every=13)
     steps, slope_of = [], smooth_training.nuclear_subgradient
 
     def noted(weight: Tensor) -> Tensor:
@@ -128,6 +132,18 @@ def test_smooth_weights_lose_less_when_cut(keep: float) -> None:
     loss, error = scores(built, context)
     assert loss < plain[0] - 0.2 and error < 0.6 * plain[1]
     assert loss < unpenalised[0] - 0.2 and error < 0.6 * unpenalised[1]
+
+
+@pytest.mark.parametrize("keep", [0.4, 0.64])
+def test_the_defaults_are_strong_enough_to_help(keep: float) -> None:
+    """With lr and lam as they are by default: better than plain weights, and than training without the penalty."""
+    context = text_context()
+    method = Smooth(keep, "train", steps=200)
+    loss, error = scores(method.compress(start(context), context), context)
+    plain = scores(LowRank(keep, "plain").compress(start(context), context), context)
+    unpenalised = scores(replace(method, lam=0.0).compress(start(context), context), context)
+    for other in (plain, unpenalised):
+        assert loss < other[0] - 0.05 and error < 0.97 * other[1]
 
 
 def test_it_never_ends_worse_than_plain_weights() -> None:
