@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.conftest import compare, write_data, write_grid, write_model
 
 FEDBIOT = "fedbiot:first-steps=2,align-steps=1,align-rank=2,align-batch=2"
@@ -32,6 +34,7 @@ def own_tables() -> str:
     return "".join(own)
 
 
+@pytest.mark.slow  # real processes are test_compare.py's, every strategy's rounds tests/strategies/test_every_name.py's
 def test_each_runs_in_a_cell(ground: Path) -> None:
     write_model(ground / "model")
     write_data(ground / "data")

@@ -134,7 +134,7 @@ def test_smooth_weights_lose_less_when_cut(keep: float) -> None:
     assert loss < unpenalised[0] - 0.2 and error < 0.6 * unpenalised[1]
 
 
-@pytest.mark.parametrize("keep", [0.4, 0.64])
+@pytest.mark.parametrize("keep", [0.4, pytest.param(0.64, marks=pytest.mark.slow)])
 def test_the_defaults_are_strong_enough_to_help(keep: float) -> None:
     """With lr and lam as they are by default: better than plain weights, and than training without the penalty."""
     context = text_context()
