@@ -53,7 +53,7 @@ attackers = [1]
 """
 
 
-@pytest.mark.slow  # the grid above runs by processes, test_attack.py attackers, tests/comparing what a cell of them holds
+@pytest.mark.slow  # the grid above has processes too, test_attack.py attackers
 def test_attacks_and_fractions_in_two_flower_runs_side_by_side(ground: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(
         "PYTHONPATH", str(Path(__file__).parents[2])
