@@ -33,7 +33,7 @@ few)
         "layer-drop:{keep}" "random:{keep}" "first:{keep}" "last:{keep}" "similarity:{keep}"
     ;;
 trained)
-    set -- "layer-drop:{keep}+distill:steps=40" "scaleot:{keep},steps=40" "smooth:{keep},mode=train,steps=24" \
+    set -- "layer-drop:{keep}+distill:steps=40" "scaleot:{keep},steps=40" "smooth:{keep},mode=train,steps=24,lam=0.01,lr=1e-4" \
         "low-rank:{keep}+loss-margin:steps=16"
     ;;
 ours)
@@ -55,7 +55,7 @@ pico-ours)
     ;;
 esac
 if [ "$set_of" = pico ]; then
-    set -- "$@" "layer-drop:{keep}+distill:steps=100" "scaleot:{keep},steps=100" "smooth:{keep},mode=train,steps=100" \
+    set -- "$@" "layer-drop:{keep}+distill:steps=100" "scaleot:{keep},steps=100" "smooth:{keep},mode=train,steps=100,lam=0.01,lr=1e-4" \
         "low-rank:{keep}+loss-margin:steps=100,lr=1e-4"
 fi
 if [ "$set_of" = costs ]; then
