@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from offsite_fl.config import check
-from offsite_fl.emulators.training_state import replace_file
 from offsite_fl.errors import CheckpointError, ConfigError
+from offsite_fl.evaluation.record import replace_file
 
 FORMAT = 1
 
@@ -54,7 +54,8 @@ class SavedElimination:
                 "value": state.value,
             }
         )
-        replace_file(self.path, lambda new: new.write_text(text, encoding="utf-8"))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(self.path, text)
 
     def load(self, places: Sequence[int], count: int) -> Elimination:
         """The state that was kept, of dropping ``places`` until ``count`` are left, or a fresh one.

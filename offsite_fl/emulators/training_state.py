@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,8 +58,12 @@ class Checkpoints:
             "best_step": state.best_step,
             "best_score": state.best_score,
         }
-        stored = {k: v.cpu().contiguous() for k, v in tensors.items()}
-        replace_file(self.path, lambda new: save_file(stored, new, {"distill": json.dumps(header)}))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
+        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, new, {"distill": json.dumps(header)})
+        with new.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(new, self.path)
 
     def load(
         self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, device: torch.device
@@ -89,16 +93,6 @@ class Checkpoints:
                 if (value := tensors.get(f"{key}.{name}")) is not None:
                     optimizer.state[parameter][key] = value if key == "step" else value.to(device)
         return state
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Put what ``write`` writes to a file beside it in the place of ``path``, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.{os.getpid()}.part")
-    write(new)
-    with new.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(new, path)
 
 
 def fingerprint(
